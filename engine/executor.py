@@ -1,0 +1,88 @@
+"""Run an exported model step by step for verification: whole, or one piece at a time.
+
+This is not the runtime: caches are passed as plain arrays and nothing is tuned. Weights stay in the data file and are
+mapped, so that a piece's memory is given back when its session goes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qwenforge import names
+from qwenforge.graph_passes.segments import split_by_layer
+
+Array = npt.NDArray[np.generic]
+
+
+class StepExecutor:
+    """An ONNX model in the in-place form, with its caches, called like :class:`~qwenforge.engine.reference.Reference`.
+
+    Args:
+        path: ``model.onnx`` beside its data file.
+        batch, capacity: sizes of the caches.
+        whole: keep one session; otherwise make a session for each layer's piece, call by call.
+    """
+
+    def __init__(self, path: Path, *, batch: int, capacity: int, whole: bool) -> None:
+        model = ir.load(path)
+        self._folder = path.parent
+        self._caches: dict[str, Array] = {}
+        for value in model.graph.inputs:
+            if value.name and value.name.startswith("past_key_values."):
+                assert value.shape is not None and value.dtype is not None
+                shape = (batch, int(value.shape[1]), capacity, int(value.shape[3]))  # type: ignore[arg-type]
+                self._caches[value.name] = np.zeros(shape, value.dtype.numpy())
+        self._pieces: list[ir.Model] = [] if whole else split_by_layer(model)
+        self._session = _session(path) if whole else None
+
+    def __call__(
+        self,
+        tokens: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        cache_position: npt.NDArray[np.int64],
+        logits_index: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.float32]:
+        """Logits [B, N, V] of the chosen ones among ``tokens`` [B, S], written to the caches at ``cache_position``."""
+        values: dict[str, Array] = {
+            names.INPUT_IDS: tokens,
+            names.POSITION_IDS: positions,
+            names.CACHE_POSITION: cache_position,
+            names.LOGITS_INDEX: logits_index,
+            **self._caches,
+        }
+        if self._session is not None:
+            values |= _run(self._session, values)
+        for index, piece in enumerate(self._pieces):
+            values |= self._run_piece(piece, index, values)
+        for name in self._caches:
+            self._caches[name] = values[name.replace("past_key_values.", "present.")]
+        return values[names.LOGITS]  # type: ignore[return-value]
+
+    def _run_piece(self, piece: ir.Model, index: int, values: dict[str, Array]) -> dict[str, Array]:
+        path = self._folder / f".verify-piece-{index}.onnx"
+        try:
+            ir.save(piece, path)
+            return _run(_session(path), values)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Prepacking copies weights into memory; without it they stay mapped from the data file.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, values: dict[str, Array]) -> dict[str, Array]:
+    feeds = {item.name: values[item.name] for item in session.get_inputs()}
+    outputs = [item.name for item in session.get_outputs()]
+    return dict(zip(outputs, session.run(outputs, feeds), strict=True))

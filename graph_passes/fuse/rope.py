@@ -1,0 +1,259 @@
+"""Rotary position embedding: ``x * cos + rotate_half(x) * sin`` -> ``RotaryEmbedding`` with shared tables.
+
+The tables are read off the graph: the nodes between the integer positions and cos/sin are run once for every
+position, so default, linear and YaRN scaling (whose attention factor multiplies cos and sin) need no code of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy before a bf16 table is compared)
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qwenforge import names
+from qwenforge.errors import GraphError
+from qwenforge.graph_passes.infra import (
+    FusionPass,
+    add_initializer,
+    constant_value,
+    integers,
+    is_op,
+    other_operand,
+    static_dim,
+    tag,
+)
+from qwenforge.graph_passes.probe import Probe, input_feeds
+from qwenforge.graph_passes.subgraph import ancestors, evaluate, leaves
+
+DEFAULT_POSITIONS = 32768
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One matched rotation: ``add = x * cos + rotate_half(x) * sin``."""
+
+    add: ir.Node
+    x: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+
+
+@dataclass(frozen=True)
+class Tables:
+    """cos and sin [P, D/2] as initializers and the [B, S] positions that select their rows."""
+
+    cos: ir.Value
+    sin: ir.Value
+    positions: ir.Value
+
+
+class FuseRotaryEmbedding(FusionPass):
+    """Replace every rotation by a ``RotaryEmbedding`` node over [P, D/2] tables shared by all layers.
+
+    Args:
+        positions: rows P of the tables, one for each position the model may see.
+    """
+
+    name: ClassVar[str] = "rotary_embedding"
+
+    def __init__(self, positions: int = DEFAULT_POSITIONS) -> None:
+        super().__init__()
+        self.positions = positions
+
+    def run(self, model: ir.Model) -> None:
+        tables: dict[tuple[ir.Value, ir.Value], Tables | None] = {}
+        for node in list(model.graph):
+            if node.op_type != "Concat" or node.domain:
+                continue
+            rotation = self._match(node)
+            if rotation is None:
+                continue
+            key = (_table_root(rotation.cos), _table_root(rotation.sin))
+            if key not in tables:
+                try:
+                    tables[key] = self._make_tables(model, rotation)
+                except GraphError as error:
+                    self.fail(str(error), rotation.add)
+                    tables[key] = None
+            found = tables[key]
+            if found is not None:
+                self._rewrite(model, rotation, found)
+
+    def _match(self, concat: ir.Node) -> Rotation | None:
+        """Match from ``Concat(-x[half:], x[:half])`` down to the sum."""
+        if len(concat.inputs) != 2:
+            return None
+        negated = is_op(concat.inputs[0], "Neg")
+        if negated is None:
+            return None
+        upper, lower = negated.inputs[0], concat.inputs[1]
+        x = _halves(lower, upper)
+        if x is None:
+            self.fail("a negated half is joined to something that is not the other half of the same tensor", concat)
+            return None
+        size = static_dim(x, -1)
+        if x.shape is None or len(x.shape) != 4 or size is None or concat.attributes["axis"].as_int() not in (-1, 3):
+            self.fail("the rotated tensor is not [batch, heads, sequence, head size] with a known head size", concat)
+            return None
+        uses = [use for use, _ in concat.outputs[0].uses()]
+        if len(uses) != 1 or uses[0].op_type != "Mul":
+            self.fail("rotate_half(x) is not multiplied by one table", concat)
+            return None
+        sin_product = uses[0]
+        sin = other_operand(sin_product, concat.outputs[0])
+        adds = [use for use, _ in sin_product.outputs[0].uses()]
+        if len(adds) != 1 or adds[0].op_type != "Add":
+            self.fail("rotate_half(x) * sin is not added to x * cos", concat)
+            return None
+        cos_product = is_op(other_operand(adds[0], sin_product.outputs[0]), "Mul")
+        cos = other_operand(cos_product, x) if cos_product is not None else None
+        if cos is None or sin is None:
+            self.fail("rotate_half(x) * sin is not added to x * cos of the same x", concat)
+            return None
+        return Rotation(adds[0], x, cos, sin)
+
+    def _make_tables(self, model: ir.Model, rotation: Rotation) -> Tables:
+        size = static_dim(rotation.x, -1)
+        assert size is not None
+        source = _position_source([rotation.cos, rotation.sin])
+        opset = model.graph.opset_imports[""]
+        everywhere = self._tables_at(model, rotation, source, np.arange(self.positions), opset)
+        sample = np.array([9, 2, 2, self.positions - 1, 0])
+        again = self._tables_at(model, rotation, source, sample, opset)
+        halves = []
+        for full, part in zip(everywhere, again, strict=True):
+            if full.shape != (self.positions, size):
+                raise GraphError("cos and sin are not [sequence, head size] tables of the position alone")
+            if not np.array_equal(full[sample], part):
+                raise GraphError("cos and sin depend on more than the position (dynamic scaling is not supported)")
+            if not np.array_equal(full[:, : size // 2], full[:, size // 2 :]):
+                raise GraphError("the two halves of the cos and sin tables differ (interleaved rotation)")
+            halves.append(np.ascontiguousarray(full[:, : size // 2]))
+        positions = _position_ids(model, source)
+        cos, sin = (
+            add_initializer(model, name, ir.tensor(half, name=name))
+            for name, half in zip(("rope.cos_cache", "rope.sin_cache"), halves, strict=True)
+        )
+        return Tables(cos, sin, positions)
+
+    def _tables_at(
+        self,
+        model: ir.Model,
+        rotation: Rotation,
+        source: ir.Value,
+        positions: npt.NDArray[np.int64],
+        opset: int,
+    ) -> list[npt.NDArray[np.generic]]:
+        values = [rotation.cos, rotation.sin]
+        fed = {source: _shaped_like(source, positions)}
+        needed = leaves(ancestors(values, [source]), values)
+        fed |= input_feeds(model, Probe(1, 0, len(positions)), [leaf for leaf in needed if leaf is not source])
+        return [table.reshape(-1, table.shape[-1]) for table in evaluate(values, fed, opset)]
+
+    def _rewrite(self, model: ir.Model, rotation: Rotation, tables: Tables) -> None:
+        old = rotation.add.outputs[0]
+        node = ir.node(
+            "RotaryEmbedding",
+            [rotation.x, tables.cos, tables.sin, tables.positions],
+            name=f"{rotation.add.name}.rotary_embedding",
+        )
+        new = tag(node, self.name).outputs[0]
+        new.shape, new.type = old.shape, old.type
+        model.graph.insert_before(rotation.add, node)
+        new.name, old.name = old.name, None
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        self.matches += 1
+
+
+def _halves(lower: ir.Value | None, upper: ir.Value | None) -> ir.Value | None:
+    """The tensor whose first and second half of the last axis ``lower`` and ``upper`` are, else None."""
+    split = is_op(lower, "Split")
+    if split is not None and is_op(upper, "Split") is split and len(split.outputs) == 2:
+        sizes = integers(split.inputs[1]) if len(split.inputs) > 1 else None
+        equal = sizes is None or sizes[0] == sizes[1]
+        axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
+        ordered = split.outputs[0] is lower and split.outputs[1] is upper
+        return split.inputs[0] if equal and ordered and axis in (-1, 3) else None
+    first, second = is_op(lower, "Slice"), is_op(upper, "Slice")
+    if first is None or second is None or first.inputs[0] is not second.inputs[0]:
+        return None
+    size = static_dim(first.inputs[0], -1)
+    if size is None or size % 2:
+        return None
+    bounds = []
+    for node in (first, second):
+        start, end, axes = (integers(value) for value in node.inputs[1:4])
+        steps = integers(node.inputs[4]) if len(node.inputs) > 4 else [1]
+        if start is None or end is None or axes not in ([-1], [3]) or steps != [1]:
+            return None
+        bounds.append((start[0], min(end[0], size)))
+    return first.inputs[0] if bounds == [(0, size // 2), (size // 2, size)] else None
+
+
+def _table_root(value: ir.Value) -> ir.Value:
+    """The table below its Unsqueeze, so that every layer's own Unsqueeze leads to one table."""
+    node = is_op(value, "Unsqueeze")
+    return node.inputs[0] if node is not None and node.inputs[0] is not None else value
+
+
+def _position_source(tables: list[ir.Value]) -> ir.Value:
+    """The integer positions that cos and sin are computed from: the input of their only Cast from integers."""
+    sources = []
+    for node in ancestors(tables):
+        value = node.inputs[0] if node.op_type == "Cast" and not node.domain else None
+        if value is not None and value.dtype in (ir.DataType.INT64, ir.DataType.INT32) and constant_value(value) is None:
+            sources.append(value)
+    if len(set(sources)) != 1:
+        raise GraphError("cos and sin are not computed from one tensor of integer positions")
+    return sources[0]
+
+
+def _shaped_like(source: ir.Value, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
+    """``positions`` as batch 1 in the layout of ``source``: [B, S], [B, S, 1] or [B, 1, S]."""
+    dtype = np.int32 if source.dtype == ir.DataType.INT32 else np.int64
+    shape = source.shape
+    if shape is None or len(shape) not in (1, 2, 3):
+        raise GraphError("the positions behind cos and sin have an unknown layout")
+    if len(shape) == 1:
+        return positions.astype(dtype)
+    if len(shape) == 2:
+        return positions.astype(dtype)[None, :]
+    middle = static_dim(source, 1) == 1 and static_dim(source, 2) != 1
+    return positions.astype(dtype)[None, None, :] if middle else positions.astype(dtype)[None, :, None]
+
+
+def _position_ids(model: ir.Model, source: ir.Value) -> ir.Value:
+    """The [B, S] positions: the graph input behind ``source``, or a new one if the graph counts them itself."""
+    value: ir.Value | None = source
+    while value is not None and (node := is_op(value, "Unsqueeze")) is not None:
+        value = node.inputs[0]
+    if value is not None and value.is_graph_input():
+        if value.dtype == ir.DataType.INT64 and value.shape is not None and len(value.shape) == 2:
+            return value
+        raise GraphError("the graph's positions are not an int64 [batch, sequence] input")
+    opset = model.graph.opset_imports[""]
+    needed = leaves(ancestors([source]), [source])
+    for probe in (Probe(2, 0, 4), Probe(2, 3, 1), Probe(2, 5, 3)):
+        try:
+            feeds = input_feeds(model, probe, needed)
+        except GraphError:
+            if probe.past == 0:
+                raise
+            continue
+        counted = np.asarray(evaluate([source], feeds, opset)[0]).reshape(-1, probe.new)
+        if not (counted == probe.past + np.arange(probe.new)).all():
+            raise GraphError("the graph's own positions do not count on from the cached tokens")
+    for graph_input in model.graph.inputs:
+        if graph_input.name == names.POSITION_IDS:
+            return graph_input
+    created = ir.Value(
+        name=names.POSITION_IDS,
+        shape=ir.Shape([names.BATCH, names.SEQUENCE]),
+        type=ir.TensorType(ir.DataType.INT64),
+    )
+    model.graph.inputs.append(created)
+    return created

@@ -1,0 +1,1 @@
+"""qwenforge: a Qwen2 checkpoint in, a verified engine out."""

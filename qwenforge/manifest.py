@@ -1,0 +1,297 @@
+"""The bundle's manifest: what a bundle holds, what made it, and how to bind its graph.
+
+``manifest.json`` is one JSON object: the fields of :class:`Manifest` and a ``checksum`` over them, so that a
+manifest edited by hand or cut short is noticed. Unknown fields are refused: a reader that skipped one could run a
+bundle wrongly. A change that an older reader would misread raises ``SCHEMA_VERSION``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from qwenforge.errors import BundleError
+
+SCHEMA_VERSION: Final = 1
+MANIFEST_NAME = "manifest.json"
+MODEL_NAME = "model.onnx"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+ACCURACY = "accuracy.json"
+LAYER_BEFORE = "layer_before.json"
+ENGINE = "engine.plan"
+MAX_MANIFEST_BYTES = 32 * 1024 * 1024
+
+RESERVED_NAMES = frozenset(
+    {
+        MODEL_NAME,
+        f"{MODEL_NAME}.data",
+        TOKENIZER,
+        TOKENIZER_CONFIG,
+        CHAT_TEMPLATE,
+        GENERATION_CONFIG,
+        ACCURACY,
+        LAYER_BEFORE,
+        ENGINE,
+    }
+)
+"""Names that mean something in a bundle: a file of such a name that the manifest does not list was slipped in."""
+
+
+def check_file_name(name: str) -> str:
+    """``name`` itself; ValueError unless it is a relative POSIX path that stays inside its folder on every system."""
+    path = PurePosixPath(name)
+    # A backslash or a colon would name another folder or a drive on Windows.
+    inside = not path.is_absolute() and ".." not in path.parts and str(path) == name and name not in ("", ".")
+    if not inside or set(name) & set("\\:\0"):
+        raise ValueError(f"{name!r} is not a plain relative file name")
+    if name == MANIFEST_NAME:
+        raise ValueError(f"{MANIFEST_NAME} cannot list itself")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(check_file_name)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    """Base of every part of a manifest: frozen, and closed to unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Source(_Part):
+    """The checkpoint that the bundle was made from.
+
+    ``path_name`` is the folder's last component only (no path of the exporting machine), ``config`` its config.json,
+    ``fingerprint`` identifies its weights and ``dtype`` is the type they are stored in.
+    """
+
+    path_name: str
+    model_type: str
+    config: dict[str, JsonValue]
+    fingerprint: str
+    dtype: str
+
+
+class Limits(_Part):
+    """What a bundle can be asked for: ``max_length`` tokens a row (answer included), ``max_batch`` rows (None: any)."""
+
+    max_length: Count
+    max_batch: Count | None = None
+
+
+class TensorSpec(_Part):
+    """A graph input or output; a dimension is a number or the name of a symbol (see ``qwenforge.names``)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0)] | str, ...]
+
+
+class Geometry(_Part):
+    """The sizes that a runtime or a report needs; ``None`` where the architecture has no such thing."""
+
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    hidden_size: Count
+    vocab_size: Count
+    intermediate_size: Count | None = None
+    num_experts: Count | None = None
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Count | None = None
+    shared_expert_intermediate_size: Count | None = None
+    sliding_window: Count | None = None
+    max_position_embeddings: Count | None = None
+
+
+class FileRecord(_Part):
+    """Size and hashes of a file; see ``qwenforge.digests`` for the sampled hash."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+    sampled_sha256: Sha256
+
+
+class LinkedFileRecord(_Part):
+    """A checkpoint file shared by hard link: hashing all of it would cost what ``--weights link`` saves."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    header_sha256: Sha256
+    sampled_sha256: Sha256
+
+
+class Verification(_Part):
+    """What the export compared with the source checkpoint, and what came out.
+
+    ``max_abs_error`` and ``kl`` (nats, worst position) are over logits, ``bound`` is the limit on ``max_abs_error``,
+    ``greedy_match`` tells whether all greedy tokens agreed. ``performed=False`` records ``--no-verify``.
+    """
+
+    performed: bool
+    method: Literal["whole-model", "layer-by-layer"] | None = None
+    reference: str | None = None
+    prompts: Count | None = None
+    new_tokens: Count | None = None
+    max_abs_error: Annotated[float, Field(ge=0)] | None = None
+    kl: float | None = None
+    greedy_match: bool | None = None
+    bound: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _method_goes_with_performed(self) -> Verification:
+        if self.performed != (self.method is not None):
+            raise ValueError("a verification names its method exactly when it was performed")
+        return self
+
+
+class BundleFacts(_Part):
+    """The part of the manifest that the exporter states; the writer adds files, hashes, versions and date."""
+
+    source: Source
+    target: Annotated[str, Field(min_length=1)]
+    dtype: Annotated[str, Field(min_length=1)]
+    weights: Literal["copy", "link"] = "copy"
+    limits: Limits
+    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    model: Geometry
+    verification: Verification
+    tool_versions: dict[str, str] = {}
+    session_options: dict[str, str] = {}
+    eos_token_ids: tuple[TokenId, ...] = ()
+    bos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
+    engine: dict[str, JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _tensor_names_are_unique(self) -> BundleFacts:
+        for tensors in (self.inputs, self.outputs):
+            names = [tensor.name for tensor in tensors]
+            if len(set(names)) != len(names):
+                raise ValueError("two inputs or two outputs have the same name")
+        return self
+
+
+class Manifest(BundleFacts):
+    """The whole manifest; ``created`` is an ISO 8601 date and time in UTC."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str
+    qwenforge_version: str
+    files: dict[FileName, FileRecord]
+    linked_files: dict[FileName, LinkedFileRecord] = {}
+
+    @model_validator(mode="after")
+    def _files_are_consistent(self) -> Manifest:
+        if MODEL_NAME not in self.files:
+            raise ValueError(f"files does not list {MODEL_NAME}")
+        if both := set(self.files) & set(self.linked_files):
+            raise ValueError(f"{min(both)} is listed both as a file and as a linked file")
+        return self
+
+
+def checksum(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of ``fields`` as JSON with sorted keys, no spaces and ASCII escapes; ``fields`` excludes the checksum."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The contents of ``manifest.json`` for ``manifest``."""
+    fields = manifest.model_dump(mode="json")
+    first = {"schema_version": fields["schema_version"], "qwenforge_version": fields["qwenforge_version"]}
+    return json.dumps({**first, **fields, "checksum": checksum(fields)}, indent=1, allow_nan=False) + "\n"
+
+
+def load_manifest_json(folder: Path) -> dict[str, Any]:
+    """The JSON object of the manifest in ``folder``, not validated any further.
+
+    Raises BundleError when there is none, or it cannot be read as a JSON object.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file() or path.is_symlink():
+        raise BundleError(
+            f"{folder} is not a qwenforge bundle: it has no {MANIFEST_NAME}; make one with 'qwenforge export'"
+        )
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise BundleError(
+                f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is; export the bundle again"
+            )
+        fields = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not valid JSON ({error}); export the bundle again") from error
+    if not isinstance(fields, dict):
+        raise BundleError(f"{path} is not a JSON object; export the bundle again")
+    return fields
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The validated manifest of the bundle in ``folder``.
+
+    Raises BundleError when it is absent, not JSON, of a newer schema, has missing, unknown or wrong fields, or does
+    not agree with its own checksum.
+    """
+    fields = load_manifest_json(folder)
+    path = folder / MANIFEST_NAME
+    version = fields.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        written_by = fields.get("qwenforge_version")
+        raise BundleError(
+            f"{path} has schema {version}, newer than schema {SCHEMA_VERSION} that this qwenforge reads: "
+            f"update qwenforge (the bundle was written by {written_by})"
+        )
+    stated = fields.pop("checksum", None)
+    try:
+        # Strict, through JSON: "512" or true must not pass for a number.
+        manifest = Manifest.model_validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        raise BundleError(f"{path}: {_first_problem(error)}; export the bundle again") from error
+    except RecursionError as error:
+        raise BundleError(f"{path} is nested too deeply to be a manifest; export the bundle again") from error
+    if "schema_version" not in fields:
+        raise BundleError(f"{path}: schema_version is missing; export the bundle again")
+    if stated != checksum(fields):
+        raise BundleError(
+            f"{path} does not agree with its own checksum: it was changed after it was written; export the bundle again"
+        )
+    return manifest
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] == "missing":
+        return f"the field {where} is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"the field {where} is unknown"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[:1].lower()}{message[1:]}" if where else message

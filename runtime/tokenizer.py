@@ -1,0 +1,150 @@
+"""Text to tokens and back: ``tokenizer.json``, the chat template, and detokenisation piece by piece.
+
+The template environment is the one Hugging Face templates are written for: sandboxed jinja2 with trimmed blocks,
+``raise_exception``, ``strftime_now`` and a ``tojson`` that leaves non-ASCII text alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qwenforge.errors import BundleError, UserError
+
+Message = Mapping[str, Any]
+"""One chat message, such as ``{"role": "user", "content": "..."}``."""
+
+REPLACEMENT = "\ufffd"
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A bundle's tokenizer and chat template.
+
+    Args:
+        path: the tokenizer.json.
+        config: the content of tokenizer_config.json.
+        chat_template: the jinja template; None takes ``config["chat_template"]`` if that is a string.
+
+    Raises:
+        BundleError: the file cannot be read.
+    """
+
+    def __init__(
+        self, path: str | Path, config: Mapping[str, Any] | None = None, chat_template: str | None = None
+    ) -> None:
+        import tokenizers
+
+        self.path = Path(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(self.path.read_text(encoding="utf-8"))
+        # tokenizers raises bare Exception for a file it cannot parse; the cause stays chained.
+        except Exception as error:
+            raise BundleError(f"{self.path}: cannot read the tokenizer ({error}); export the bundle again") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._config = dict(config or {})
+        in_config = self._config.get("chat_template")
+        self._template = chat_template or (in_config if isinstance(in_config, str) else None)
+        self.special_tokens = {
+            name: text for name in _SPECIAL_TOKENS if (text := _token_text(self._config.get(name))) is not None
+        }
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of ``text``; special tokens written in it are recognized."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token spelled ``text``, or None."""
+        found = self._tokenizer.token_to_id(text)
+        return None if found is None else int(found)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt text for ``messages``, ready for the assistant's answer.
+
+        Raises:
+            UserError: there is no chat template, or it rejects the messages.
+        """
+        import jinja2
+
+        if self._template is None:
+            raise UserError(f"{self.path.parent}: the bundle has no chat template; give the text with --prompt instead")
+        try:
+            template = _environment().from_string(self._template)
+            return str(template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens))
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.path.parent}: the chat template rejects the messages: {error}") from error
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of :meth:`render_chat`, whose template writes every special token itself."""
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+
+class IncrementalDecoder:
+    """Detokenises a growing sequence into pieces that are never cut inside a character.
+
+    A piece is the difference between the text of a window of recent tokens with and without the new ones; the
+    window's first part gives the decoder the context it needs (a leading space, for instance). While the window's
+    text ends in U+FFFD a character may be incomplete, and the piece waits for the next token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Take one token; return the text that became complete, often empty inside a character."""
+        self._pending.append(token)
+        return self._release(final=False)
+
+    def flush(self) -> str:
+        """The text of an incomplete character at the end, as U+FFFD."""
+        return self._release(final=True)
+
+    def _release(self, *, final: bool) -> str:
+        if not self._pending:
+            return ""
+        before = self._tokenizer.decode(self._context)
+        after = self._tokenizer.decode([*self._context, *self._pending])
+        if len(after) <= len(before) or (after.endswith(REPLACEMENT) and not final):
+            if final:
+                self._context, self._pending = [*self._context, *self._pending], []
+            return ""
+        piece = after[len(before) :]
+        self._context, self._pending = self._pending, []
+        return piece
+
+
+def _token_text(value: object) -> str | None:
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _environment() -> Any:
+    import jinja2
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.now().strftime(form)
+
+    def to_json(value: object, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
