@@ -55,19 +55,27 @@ class StepExecutor:
             names.LOGITS_INDEX: logits_index,
             **self._caches,
         }
+        # ONNX Runtime's CPU attention takes several tokens against a part-filled cache for one row at a time only.
+        alone = tokens.shape[1] > 1 and bool(cache_position.any())
+        rows = [{name: array[row : row + 1] for name, array in values.items()} for row in range(len(tokens))]
+        groups = rows if alone else [values]
         if self._session is not None:
-            values |= _run(self._session, values)
+            for group in groups:
+                group |= _run(self._session, group)
         for index, piece in enumerate(self._pieces):
-            values |= self._run_piece(piece, index, values)
-        for name in self._caches:
-            self._caches[name] = values[name.replace("past_key_values.", "present.")]
-        return values[names.LOGITS]  # type: ignore[return-value]
+            self._run_piece(piece, index, groups)
+        outputs = [name.replace("past_key_values.", "present.") for name in self._caches]
+        joined = {name: np.concatenate([group[name] for group in groups]) for name in (*outputs, names.LOGITS)}
+        self._caches = {past: joined[present] for past, present in zip(self._caches, outputs, strict=True)}
+        return joined[names.LOGITS].astype(np.float32)
 
-    def _run_piece(self, piece: ir.Model, index: int, values: dict[str, Array]) -> dict[str, Array]:
+    def _run_piece(self, piece: ir.Model, index: int, groups: list[dict[str, Array]]) -> None:
         path = self._folder / f".verify-piece-{index}.onnx"
         try:
             ir.save(piece, path)
-            return _run(_session(path), values)
+            session = _session(path)
+            for group in groups:
+                group |= _run(session, group)
         finally:
             path.unlink(missing_ok=True)
 

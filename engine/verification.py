@@ -106,8 +106,7 @@ class VerificationReport:
 
 def fits_whole(checkpoint: Checkpoint) -> bool:
     """Whether reference and export together stay within 1.2 GB plus twice the largest tensor."""
-    element = 4
-    weights = checkpoint.num_parameters * element
+    weights = 4 * sum(checkpoint.tensor(name).size for name in checkpoint.names)
     return 2 * weights <= 400e6 + 2 * checkpoint.largest_tensor_bytes(ir.DataType.FLOAT)
 
 

@@ -132,11 +132,9 @@ class ModelConfig:
         model_type = _read_model_type(fields)
         defaults = _DEFAULTS[model_type]
         moe = model_type.endswith("_moe")
-        if fields.raw("hidden_act") not in (None, "silu") or (
-            fields.has("hidden_act") and fields.raw("hidden_act") is None
-        ):
+        if fields.has("hidden_act") and fields.raw("hidden_act") != "silu":
             raise fields.refuse("hidden_act", "only 'silu' is supported")
-        layers = fields.integer("num_hidden_layers", defaults.num_hidden_layers)
+        layers = fields.integer("num_hidden_layers", defaults.num_hidden_layers, at_most=1024)
         hidden = fields.integer("hidden_size", defaults.hidden_size)
         heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
         positions = fields.integer("max_position_embeddings", 32768)
@@ -199,7 +197,11 @@ def _read_model_type(fields: Fields) -> ModelType:
 
 
 def _read_key_value_heads(fields: Fields, model_type: str, heads: int, defaults: _Defaults) -> int:
-    if fields.has("num_key_value_heads") and fields.raw("num_key_value_heads") is None and not model_type.endswith("moe"):
+    if (
+        fields.has("num_key_value_heads")
+        and fields.raw("num_key_value_heads") is None
+        and not model_type.endswith("moe")
+    ):
         return heads
     key_value_heads = fields.integer("num_key_value_heads", defaults.num_key_value_heads)
     if heads % key_value_heads:
@@ -225,7 +227,7 @@ def _read_experts(fields: Fields, model_type: str, defaults: _Defaults) -> dict[
         if fields.has(name) and fields.raw(name) != fields.raw(other):
             raise fields.error(other, f"contradicts 'num_experts' ({fields.raw(name)})")
         name = other
-    count = fields.integer(name, defaults.num_experts, at_least=0)
+    count = fields.integer(name, defaults.num_experts, at_least=0, at_most=1024)
     chosen = fields.integer("num_experts_per_tok", defaults.num_experts_per_tok)
     if count and chosen > count:
         raise fields.error("num_experts_per_tok", f"must not exceed the number of experts ({count})")

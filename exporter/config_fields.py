@@ -8,21 +8,25 @@ from typing import Any
 
 from qwenforge.errors import CheckpointError, UnsupportedError
 
+# fmt: off
 BOOKKEEPING = frozenset(
-    """
-    architectures model_type transformers_version torch_dtype dtype name_or_path use_cache initializer_range
-    attention_dropout hidden_dropout classifier_dropout output_router_logits router_aux_loss_coef id2label label2id num_labels
-    problem_type pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id output_hidden_states
-    output_attentions return_dict chunk_size_feed_forward is_decoder is_encoder_decoder attn_implementation
-    experts_implementation finetuning_task prefix task_specific_params tokenizer_class torchscript use_bfloat16
-    unsloth_fixed unsloth_version keys_to_ignore_at_inference head_dim_original rope_ratio_note
-    max_length max_new_tokens min_length min_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences temperature
-    top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty
-    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty bad_words_ids
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens return_dict_in_generate output_scores tf_legacy_loss cache_implementation
-    """.split()
+    {
+        "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "name_or_path", "use_cache",
+        "initializer_range", "attention_dropout", "hidden_dropout", "classifier_dropout", "output_router_logits",
+        "router_aux_loss_coef", "id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "bos_token_id",
+        "eos_token_id", "sep_token_id", "decoder_start_token_id", "output_hidden_states", "output_attentions",
+        "return_dict", "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder", "attn_implementation",
+        "experts_implementation", "finetuning_task", "prefix", "task_specific_params", "tokenizer_class", "torchscript",
+        "use_bfloat16", "unsloth_fixed", "unsloth_version", "keys_to_ignore_at_inference", "max_length",
+        "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+        "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+        "repetition_penalty", "encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size", "diversity_penalty", "bad_words_ids", "forced_bos_token_id",
+        "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+        "begin_suppress_tokens", "return_dict_in_generate", "output_scores", "tf_legacy_loss", "cache_implementation",
+    }
 )
+# fmt: on
 """Fields that say nothing about the numbers of a forward pass: bookkeeping, training, and generation settings that
 older transformers kept here."""
 
@@ -55,11 +59,11 @@ class Fields:
         self._known.add(name)
         return name in self._values
 
-    def integer(self, name: str, default: int | None, *, at_least: int = 1) -> int:
-        """An integer no smaller than ``at_least``; the default when absent, an error when that is None."""
+    def integer(self, name: str, default: int | None, *, at_least: int = 1, at_most: int = (1 << 31) - 1) -> int:
+        """An integer between the bounds; the default when absent, an error when that is None."""
         value = self._or_default(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise self.error(name, f"must be an integer of at least {at_least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+            raise self.error(name, f"must be an integer from {at_least} to {at_most}")
         return value
 
     def number(self, name: str, default: float | None) -> float:
@@ -78,12 +82,12 @@ class Fields:
 
     def error(self, name: str, problem: str) -> CheckpointError:
         """A sentence about field ``name`` and its value."""
-        shown = repr(self._values[name]) if name in self._values else "absent"
+        shown = _short(self._values[name]) if name in self._values else "absent"
         return CheckpointError(f"{self.where}: {name!r} {problem}, not {shown}; correct the file")
 
     def refuse(self, name: str, what: str) -> UnsupportedError:
         """A sentence that names the field whose value is not supported."""
-        return UnsupportedError(f"{self.where}: {name!r} = {self._values.get(name)!r}: {what}")
+        return UnsupportedError(f"{self.where}: {name!r} = {_short(self._values.get(name))}: {what}")
 
     def finish(self, harmless: frozenset[str] = frozenset()) -> None:
         """Refuse by name whatever was neither asked for nor harmless nor switched off (null, false, empty)."""
@@ -102,3 +106,8 @@ class Fields:
         if name not in self._values and default is None:
             raise CheckpointError(f"{self.where}: field {name!r} is missing; complete the file")
         return self._values.get(name, default)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

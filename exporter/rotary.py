@@ -77,7 +77,7 @@ def read_rotary(fields: Fields, max_position_embeddings: int) -> RotaryConfig:
     if kind == "default":
         # transformers ignores these for the default type; a factor other than 1 is a config that lost its type.
         if inner.raw("factor") not in (None, 1, 1.0):
-            raise inner.refuse("factor", "is given without a rotary type; add \"rope_type\"")
+            raise inner.refuse("factor", 'is given without a rotary type; add "rope_type"')
         rotary = RotaryConfig("default", theta)
     elif kind == "linear":
         rotary = RotaryConfig("linear", theta, factor=inner.number("factor", None))

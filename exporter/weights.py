@@ -252,6 +252,8 @@ def substitute(
             return reshape(sources[0], shape)
         case Slice(axis, start, end):
             return slice_(sources[0], axis, start, end)
+        case Interleave(axis) if axis == len(dims(sources[0])) - 2:
+            return interleave_rows(sources[0])
         case _:
             return DerivedTensor(tensor.transform, sources)
 
@@ -302,11 +304,11 @@ def _blocks(tensor: ir.TensorProtocol) -> Iterator[Array]:
                 yield from _blocks(source)
         case Reshape():
             yield from _blocks(tensor.sources[0])
-        case Concat(axis):
+        case Concat() | Stack():
             parts = [_view(source) for source in tensor.sources]
             rows = max(1, BLOCK_BYTES * dims(tensor)[0] // max(1, tensor.nbytes))
             for start in range(0, dims(tensor)[0], rows):
-                yield np.concatenate([part[start : start + rows] for part in parts], axis=axis).reshape(-1)
+                yield tensor.transform.apply([part[start : start + rows] for part in parts]).reshape(-1)
         case _:
             yield from _split(_view(tensor))
 

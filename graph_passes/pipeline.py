@@ -171,11 +171,23 @@ def prepare(model: ir.Model) -> ir.Model:
     if not OLDEST_OPSET <= opset <= OPSET:
         raise GraphError(f"the graph is of opset {opset}; export it with an opset from {OLDEST_OPSET} to {OPSET}.")
     copy = model.clone()
+    _read_numeric_dimensions(copy)
     _fold(copy)
     _raise_opset(copy)
     CommonSubexpressionEliminationPass()(copy)
     RemoveUnusedNodesPass()(copy)
     return copy
+
+
+def _read_numeric_dimensions(model: ir.Model) -> None:
+    """Make numbers of dimensions that an exporter wrote as symbols called "2" or "8"."""
+    outputs = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *outputs):
+        if value.shape is None:
+            continue
+        written = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+        if any(isinstance(dim, str) and dim.isdecimal() for dim in written):
+            value.shape = ir.Shape([int(d) if isinstance(d, str) and d.isdecimal() else d for d in written])
 
 
 def _raise_opset(model: ir.Model) -> None:
@@ -186,6 +198,8 @@ def _raise_opset(model: ir.Model) -> None:
 
 def _fold(model: ir.Model) -> None:
     """Fold constants without ever reading a weight: large initializers are hidden from the folder meanwhile."""
+    import logging
+
     import onnxscript.optimizer
 
     hidden: list[tuple[ir.Value, ir.TensorProtocol]] = []
@@ -195,9 +209,12 @@ def _fold(model: ir.Model) -> None:
             hidden.append((value, tensor))
             value.const_value = None
     kept = {value.name: tensor for value, tensor in hidden}
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # onnx_ir warns about each hidden initializer
     try:
         onnxscript.optimizer.optimize_ir(model, inline=True)
     finally:
+        logging.disable(previous)
         for value in model.graph.initializers.values():
             if value.const_value is None:
                 value.const_value = kept[value.name]

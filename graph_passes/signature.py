@@ -69,9 +69,8 @@ def detect_signature(model: ir.Model) -> Signature:
         raise GraphError("some key/value outputs do not derive from a cache input: export prefill and decode apart.")
     keys, values = _order_by_layer(presents, sources)
     layers = tuple(
-        LayerCache(_name(past[0]), _name(past[1]), str(key.name), str(value.name))
+        LayerCache(_name(past_key), _name(past_value), str(key.name), str(value.name))
         for (key, past_key), (value, past_value) in zip(keys, values, strict=True)
-        for past in ((past_key, past_value),)
     )
     form: Form = "in_place" if _is_in_place(keys + values) else "growing"
     cache_position = tokens.get(names.CACHE_POSITION)
@@ -96,7 +95,7 @@ def detect_signature(model: ir.Model) -> Signature:
 
 _ATTENTION_MASK = "attention_mask"
 _TOKEN_INPUTS = (names.INPUT_IDS, _ATTENTION_MASK, names.POSITION_IDS, names.CACHE_POSITION, names.LOGITS_INDEX)
-_TOKEN_RANKS = {name: 2 for name in _TOKEN_INPUTS} | {names.CACHE_POSITION: 1}
+_TOKEN_RANKS = dict.fromkeys(_TOKEN_INPUTS, 2) | {names.CACHE_POSITION: 1}
 
 
 def _name(value: ir.Value | None) -> str | None:
@@ -151,7 +150,8 @@ def _split_outputs(outputs: Sequence[ir.Value]) -> tuple[ir.Value, list[ir.Value
 
 # Operators that keep cache entries as they are, so that a walk along them stays inside one cache.
 _CARRIES_CACHE = frozenset(
-    "Identity Concat Slice Cast TensorScatter ScatterND ScatterElements Transpose Reshape Gather Where".split()
+    {"Identity", "Cast", "Concat", "Slice", "Gather", "Where", "Transpose", "Reshape"}
+    | {"TensorScatter", "ScatterND", "ScatterElements"}
 )
 # Fused attention: for each output that is a cache, the input that is its past.
 _ATTENTION_CACHES: dict[tuple[str, str], dict[int, int]] = {
@@ -174,13 +174,12 @@ def _past_of(present: ir.Value, caches: Sequence[ir.Value]) -> ir.Value | None:
             continue
         seen.add(value)
         attention = _ATTENTION_CACHES.get((node.domain, node.op_type))
+        candidates: list[ir.Value | None]
         if attention is not None:
             past = attention.get(value.index() or 0)
-            candidates = () if past is None or past >= len(node.inputs) else (node.inputs[past],)
-        elif node.op_type in _CARRIES_CACHE:
-            candidates = node.inputs
+            candidates = [] if past is None or past >= len(node.inputs) else [node.inputs[past]]
         else:
-            candidates = ()
+            candidates = list(node.inputs) if node.op_type in _CARRIES_CACHE else []
         queue.extend(candidate for candidate in candidates if candidate is not None)
     return None
 
@@ -193,7 +192,7 @@ def _order_by_layer(
 ) -> tuple[list[_Pair], list[_Pair]]:
     """Keys and values (present, past), each in the order of the layers."""
     pairs = list(zip(presents, sources, strict=True))
-    labels = [_label(str(present.name)) or _label(str(past.name) if past else "") for present, past in pairs]
+    labels = [_pair_label(present, past) for present, past in pairs]
     layers = len(presents) // 2
     expected = {(role, layer) for role in ("key", "value") for layer in range(layers)}
     if set(labels) == expected:
@@ -219,6 +218,13 @@ def _label(name: str) -> tuple[Role, int] | None:
     if len(roles) != 1 or len(numbers) != 1:
         return None
     return ("key" if roles == {"k"} else "value"), int(numbers[0])
+
+
+def _pair_label(present: ir.Value, past: ir.Value | None) -> tuple[Role, int] | None:
+    label, past_label = _label(str(present.name)), _label(str(past.name)) if past is not None else None
+    if past is not None and label and past_label and label != past_label:
+        raise GraphError(f"output '{present.name}' extends the cache '{past.name}': one of them is misnamed.")
+    return label or past_label
 
 
 _PRODUCTS = ("MatMul", "Einsum", "Gemm", "FusedMatMul")

@@ -121,6 +121,13 @@ class Bundle:
         except UnicodeDecodeError as error:
             raise BundleError(f"{path} is not UTF-8 text; export the bundle again") from error
 
+    def read_json(self, name: str) -> Any:
+        """The JSON value in a file that the manifest lists; BundleError when it is not listed or not JSON."""
+        try:
+            return json.loads(self.read_text(name))
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{self.path / name} is not valid JSON; export the bundle again") from error
+
     def _require(self, name: str) -> Path:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path} holds no {name}; export again from a checkpoint that has one")
@@ -129,10 +136,7 @@ class Bundle:
     def _json(self, name: str) -> dict[str, Any]:
         if name not in self.manifest.files:
             return {}
-        try:
-            value = json.loads(self.read_text(name))
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{self.path / name} is not valid JSON; export the bundle again") from error
+        value = self.read_json(name)
         if not isinstance(value, dict):
             raise BundleError(f"{self.path / name} is not a JSON object; export the bundle again")
         return value

@@ -6,12 +6,12 @@ import datetime
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qwenforge import __version__
 from qwenforge.atomic_folder import LockedFolder, clean_up_after_dead_writers, replace_folder, sync_tree
 from qwenforge.digests import header_sha256, sampled_sha256, sha256_file
 from qwenforge.errors import BundleError
@@ -35,7 +35,8 @@ class BundleWriter:
     """Writes a bundle into a hidden sibling of ``out`` and swaps it in on :meth:`commit`.
 
     Use it as a context manager; leaving without a commit deletes what was written and leaves ``out`` as it was. Every
-    file in ``directory`` at commit time becomes part of the bundle.
+    file in ``directory`` at commit time becomes part of the bundle; one with several hard links is recorded as shared
+    with the checkpoint (``--weights link``).
 
     ``out`` may be absent, an empty folder, or a qwenforge bundle with no files of anybody else in it; anything else
     raises BundleError, so that an export never deletes what it did not write.
@@ -45,7 +46,6 @@ class BundleWriter:
         # Through a symbolic link the folder it points to is replaced, not the link.
         self._out = Path(os.path.realpath(out))
         self._folder: LockedFolder | None = None
-        self._linked: set[str] = set()
 
     def __enter__(self) -> BundleWriter:
         try:
@@ -88,23 +88,6 @@ class BundleWriter:
         """Write ``value`` as the bundle's JSON file ``name``; ValueError on NaN and infinities."""
         return self.add_text(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
-    def link_file(self, source: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Make the checkpoint file ``source`` part of the bundle by hard link, without copying it.
-
-        A hard link, because ONNX Runtime refuses external data that a symbolic link leads out of the model's folder.
-        Raises BundleError when the filesystem cannot link, as across two of them.
-        """
-        target = self._new_path(name or Path(source).name)
-        try:
-            os.link(os.path.realpath(source), target)
-        except OSError as error:
-            raise BundleError(
-                f"{source} cannot be linked into {self._out} ({error.strerror}): "
-                "write the bundle to the checkpoint's filesystem or use --weights copy"
-            ) from error
-        self._linked.add(target.relative_to(self.directory).as_posix())
-        return target
-
     def add_accuracy(self, report: dict[str, Any], references: Sequence[ReferenceLogits] = ()) -> Path:
         """Write accuracy.json: ``report`` and, under ``references``, the reference logits.
 
@@ -115,13 +98,14 @@ class BundleWriter:
             raise ValueError(f"{ACCURACY} would take {size} bytes, more than {MAX_ACCURACY_BYTES}")
         return path
 
-    def commit(self, facts: BundleFacts) -> Path:
+    def commit(self, facts: BundleFacts, *, known_sha256: Mapping[str, str] | None = None) -> Path:
         """Hash the files, write the manifest, flush everything to disk and swap the bundle in; returns its path.
 
+        ``known_sha256`` holds hashes computed while files were written, by name; these are not read again in full.
         Raises BundleError when ``out`` has meanwhile become something that must not be replaced.
         """
         folder = self.directory
-        manifest = self._manifest(folder, facts)
+        manifest = _manifest(folder, facts, known_sha256 or {})
         (folder / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8", newline="\n")
         sync_tree(folder)
         _check_replaceable(self._out)
@@ -144,34 +128,37 @@ class BundleWriter:
                 ) from error
         return self._out
 
-    def _manifest(self, folder: Path, facts: BundleFacts) -> Manifest:
-        files: dict[str, FileRecord] = {}
-        linked: dict[str, LinkedFileRecord] = {}
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise ValueError(f"{name} is neither a regular file nor a folder")
-            if path.is_dir():
-                continue
-            size, sampled = path.stat().st_size, sampled_sha256(path)
-            if name in self._linked:
-                linked[name] = LinkedFileRecord(bytes=size, header_sha256=header_sha256(path), sampled_sha256=sampled)
-            else:
-                files[name] = FileRecord(bytes=size, sha256=sha256_file(path), sampled_sha256=sampled)
-        return Manifest(
-            **{name: getattr(facts, name) for name in BundleFacts.model_fields},
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            qwenforge_version=version("qwenforge"),
-            files=files,
-            linked_files=linked,
-        )
-
     def _new_path(self, name: str) -> Path:
         target = self.directory / check_file_name(name)
         if os.path.lexists(target):
             raise ValueError(f"the bundle already has a file {name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
+
+
+def _manifest(folder: Path, facts: BundleFacts, known_sha256: Mapping[str, str]) -> Manifest:
+    files: dict[str, FileRecord] = {}
+    linked: dict[str, LinkedFileRecord] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{name} is neither a regular file nor a folder")
+        if path.is_dir():
+            continue
+        status, sampled = path.stat(), sampled_sha256(path)
+        if status.st_nlink > 1:
+            header = header_sha256(path)
+            linked[name] = LinkedFileRecord(bytes=status.st_size, header_sha256=header, sampled_sha256=sampled)
+        else:
+            whole = known_sha256.get(name) or sha256_file(path)
+            files[name] = FileRecord(bytes=status.st_size, sha256=whole, sampled_sha256=sampled)
+    return Manifest(
+        **{name: getattr(facts, name) for name in BundleFacts.model_fields},
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        qwenforge_version=__version__,
+        files=files,
+        linked_files=linked,
+    )
 
 
 def _check_replaceable(out: Path) -> None:

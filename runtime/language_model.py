@@ -15,7 +15,7 @@ from qwenforge.runtime.results import GeneratedSequence, GenerationResult, Token
 from qwenforge.runtime.sampling import Sampler, SamplingOptions
 from qwenforge.runtime.scoring import iterate_logits, log_probabilities
 from qwenforge.runtime.session import GraphSession
-from qwenforge.runtime.stopping import StopStrings
+from qwenforge.runtime.stopping import DEFAULT_MAX_NEW_TOKENS, StopStrings
 from qwenforge.runtime.tokenizer import IncrementalDecoder, Message, Tokenizer
 
 PREFILL_CHUNK = 512
@@ -95,8 +95,8 @@ class LanguageModel:
             ignore_eos: go on after an end-of-sequence token (for measurements).
 
         Raises:
-            UserError: a prompt is empty, too long for ``max_length`` or out of the vocabulary, or an option is out of range;
-                raised by the call itself, before the first event is asked for.
+            UserError: a prompt is empty, too long for ``max_length`` or out of the vocabulary, or an option is out
+                of range; raised by the call itself, before the first event is asked for.
         """
         return self._events(self._sequences(prompts, **options))
 
@@ -132,7 +132,7 @@ class LanguageModel:
         self,
         prompts: Prompts,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -184,10 +184,11 @@ class LanguageModel:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, Sequence | np.ndarray):
-            if all(isinstance(item, int | np.integer) for item in prompt):
-                return list(prompt)
-            if all(isinstance(item, Mapping) for item in prompt):
-                return self.tokenizer.encode_chat(prompt)
+            items = list(prompt)
+            if all(isinstance(item, int | np.integer) for item in items):
+                return items
+            if all(isinstance(item, Mapping) for item in items):
+                return self.tokenizer.encode_chat(items)
         raise UserError(f"a prompt is {type(prompt).__name__}: give a text, a list of tokens or a list of messages")
 
     def _check_tokens(self, tokens: Sequence[int], what: str, longest: int) -> None:
@@ -195,8 +196,8 @@ class LanguageModel:
             raise UserError(f"{what} has no tokens: give at least one")
         if len(tokens) > longest:
             raise UserError(
-                f"{what} has {len(tokens)} tokens, at most {longest} fit a max_length of {self.max_length}: shorten it, "
-                "or export with a larger --max-length"
+                f"{what} has {len(tokens)} tokens, at most {longest} fit a max_length of {self.max_length}: "
+                "shorten it, or export with a larger --max-length"
             )
         if not 0 <= min(tokens) <= max(tokens) < self.session.vocabulary_size:
             raise UserError(f"{what} holds a token outside 0 to {self.session.vocabulary_size - 1}")

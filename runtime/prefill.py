@@ -19,7 +19,7 @@ from qwenforge.runtime.session import GraphSession
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """Tokens ``start`` to ``stop`` of the prompts of ``rows`` cache rows from ``first_row`` on; shorter prompts are padded."""
+    """Tokens ``start`` to ``stop`` of ``rows`` prompts, from cache row ``first_row`` on; shorter ones are padded."""
 
     first_row: int
     rows: int

@@ -18,7 +18,10 @@ from qwenforge.errors import BundleError, UserError
 from qwenforge.runtime.kv_cache import CacheTensor, KeyValueCache
 
 _STEP_INPUTS = (names.INPUT_IDS, names.POSITION_IDS, names.CACHE_POSITION, names.LOGITS_INDEX)
-_CACHE_DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_CACHE_DTYPES: dict[str, np.dtype[np.floating]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
 
 
 class GraphSession:

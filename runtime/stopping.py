@@ -7,6 +7,9 @@ from typing import Literal
 
 from qwenforge.errors import UserError
 
+DEFAULT_MAX_NEW_TOKENS = 256
+"""New tokens of a sequence, unless the caller says otherwise."""
+
 FinishReason = Literal["stop", "stop_string", "length", "capacity"]
 """``stop``: an end-of-sequence token; ``stop_string``: a stop string; ``length``: max_new_tokens; ``capacity``: the
 key/value cache is full (prompt and answer reach the bundle's max_length)."""
@@ -16,7 +19,7 @@ class StopStrings:
     """Releases text that cannot be the beginning of a stop string any more.
 
     Args:
-        stops: the stop strings; the text ends before the first that occurs.
+        stops: the stop strings; the text ends before the first to be complete.
 
     Raises:
         UserError: a stop string is empty.
@@ -35,10 +38,11 @@ class StopStrings:
         if self.found is not None:
             return ""
         self._held += text
-        hits = [(self._held.find(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
+        # The one completed first ends the text, so that the result does not depend on how the text was cut.
+        hits = [(self._held.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
         if hits:
-            position, _, self.found = min(hits)
-            shown, self._held = self._held[:position], ""
+            end, _, self.found = min(hits)
+            shown, self._held = self._held[: end - len(self.found)], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

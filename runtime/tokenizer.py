@@ -54,7 +54,15 @@ class Tokenizer:
         }
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of ``text``; special tokens written in it are recognized."""
+        """The tokens of ``text``; special tokens written in it are recognized.
+
+        Raises:
+            UserError: the text holds lone surrogates (a command line argument that was not UTF-8).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not valid Unicode at character {error.start}: give UTF-8") from error
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -132,8 +132,8 @@ def _match_layer(
 ) -> Layer:
     scores = _attention_op(anchor) if anchor.op_type == "Attention" else _softmax_attention(anchor)
     rotary = is_op(scores.query, "RotaryEmbedding")
-    if rotary is None:
-        raise GraphError("the query is not rotated by a RotaryEmbedding")
+    if rotary is None or len(rotary.inputs) < 4 or rotary.inputs[3] is None:
+        raise GraphError("the query is not rotated by a RotaryEmbedding over tables of all positions")
     key, value = _without_repeat(scores.key), _without_repeat(scores.value)
     cache = _cache_of(key, value, signature)
     key_new, value_new = _appended(key, cache.key_input), _appended(value, cache.value_input)

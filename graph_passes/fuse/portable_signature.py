@@ -22,6 +22,7 @@ class PortableSignature(FusionPass):
             self.fail("the graph is not in the in-place form: its attention was not fused")
             return
         before = [str(value) for value in (*model.graph.inputs, *model.graph.outputs)]
+        _unify_dimensions(model, signature)
         _rename(model, signature)
         inputs = {value.name: value for value in model.graph.inputs}
         outputs = {value.name: value for value in model.graph.outputs}
@@ -40,6 +41,18 @@ class PortableSignature(FusionPass):
         _reorder(model.graph.outputs, [outputs[name] for name in (names.LOGITS, *present)])
         after = [str(value) for value in (*model.graph.inputs, *model.graph.outputs)]
         self.matches = int(before != after)
+
+
+def _unify_dimensions(model: ir.Model, signature: Signature) -> None:
+    """Call the batch and sequence dimensions by our names wherever a value's shape mentions them."""
+    tokens = next(value for value in model.graph.inputs if value.name == signature.input_ids)
+    if tokens.shape is None:
+        return
+    known = {dim: name for dim, name in zip(tokens.shape, (names.BATCH, names.SEQUENCE), strict=True)}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([dim if isinstance(dim, int) else known.get(dim, dim) for dim in value.shape])
 
 
 def _rename(model: ir.Model, signature: Signature) -> None:

@@ -1,5 +1,7 @@
 """Rotary position embedding: ``x * cos + rotate_half(x) * sin`` -> ``RotaryEmbedding`` with shared tables.
 
+A ``RotaryEmbedding`` that an exporter emitted itself, over cos and sin computed at run time, is given the tables too.
+
 The tables are read off the graph: the nodes between the integer positions and cos/sin are run once for every
 position, so default, linear and YaRN scaling (whose attention factor multiplies cos and sin) need no code of their own.
 """
@@ -20,6 +22,7 @@ from qwenforge.graph_passes.infra import (
     FusionPass,
     add_initializer,
     constant_value,
+    int_attribute,
     integers,
     is_op,
     other_operand,
@@ -34,12 +37,13 @@ DEFAULT_POSITIONS = 32768
 
 @dataclass(frozen=True)
 class Rotation:
-    """One matched rotation: ``add = x * cos + rotate_half(x) * sin``."""
+    """One matched rotation of ``x`` [B, H, S, D], ending in ``last``; ``width`` is the tables' last dimension."""
 
-    add: ir.Node
+    last: ir.Node
     x: ir.Value
     cos: ir.Value
     sin: ir.Value
+    width: int
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,9 @@ class FuseRotaryEmbedding(FusionPass):
     def run(self, model: ir.Model) -> None:
         tables: dict[tuple[ir.Value, ir.Value], Tables | None] = {}
         for node in list(model.graph):
-            if node.op_type != "Concat" or node.domain:
+            if node.domain or node.op_type not in ("Concat", "RotaryEmbedding"):
                 continue
-            rotation = self._match(node)
+            rotation = self._match(node) if node.op_type == "Concat" else self._match_operator(node)
             if rotation is None:
                 continue
             key = (_table_root(rotation.cos), _table_root(rotation.sin))
@@ -77,7 +81,7 @@ class FuseRotaryEmbedding(FusionPass):
                 try:
                     tables[key] = self._make_tables(model, rotation)
                 except GraphError as error:
-                    self.fail(str(error), rotation.add)
+                    self.fail(str(error), rotation.last)
                     tables[key] = None
             found = tables[key]
             if found is not None:
@@ -114,11 +118,24 @@ class FuseRotaryEmbedding(FusionPass):
         if cos is None or sin is None:
             self.fail("rotate_half(x) * sin is not added to x * cos of the same x", concat)
             return None
-        return Rotation(adds[0], x, cos, sin)
+        return Rotation(adds[0], x, cos, sin, size)
+
+    def _match_operator(self, node: ir.Node) -> Rotation | None:
+        """Match a ``RotaryEmbedding`` over [B, S, D/2] tables computed at run time."""
+        x, cos, sin = node.inputs[:3]
+        if len(node.inputs) > 3 and node.inputs[3] is not None:
+            return None  # already over tables
+        size = static_dim(x, -1)
+        if x is None or cos is None or sin is None or x.shape is None or len(x.shape) != 4 or size is None:
+            self.fail("the rotated tensor is not [batch, heads, sequence, head size] with a known head size", node)
+            return None
+        if int_attribute(node, "interleaved", 0) or int_attribute(node, "rotary_embedding_dim", 0) not in (0, size):
+            self.fail("the rotation is interleaved or covers only a part of the head", node)
+            return None
+        return Rotation(node, x, cos, sin, size // 2)
 
     def _make_tables(self, model: ir.Model, rotation: Rotation) -> Tables:
-        size = static_dim(rotation.x, -1)
-        assert size is not None
+        width = rotation.width
         source = _position_source([rotation.cos, rotation.sin])
         opset = model.graph.opset_imports[""]
         everywhere = self._tables_at(model, rotation, source, np.arange(self.positions), opset)
@@ -126,13 +143,14 @@ class FuseRotaryEmbedding(FusionPass):
         again = self._tables_at(model, rotation, source, sample, opset)
         halves = []
         for full, part in zip(everywhere, again, strict=True):
-            if full.shape != (self.positions, size):
+            if full.shape != (self.positions, width):
                 raise GraphError("cos and sin are not [sequence, head size] tables of the position alone")
             if not np.array_equal(full[sample], part):
                 raise GraphError("cos and sin depend on more than the position (dynamic scaling is not supported)")
-            if not np.array_equal(full[:, : size // 2], full[:, size // 2 :]):
+            half = (static_dim(rotation.x, -1) or 0) // 2
+            if width != half and not np.array_equal(full[:, :half], full[:, half:]):
                 raise GraphError("the two halves of the cos and sin tables differ (interleaved rotation)")
-            halves.append(np.ascontiguousarray(full[:, : size // 2]))
+            halves.append(np.ascontiguousarray(full[:, :half]))
         positions = _position_ids(model, source)
         cos, sin = (
             add_initializer(model, name, ir.tensor(half, name=name))
@@ -155,15 +173,15 @@ class FuseRotaryEmbedding(FusionPass):
         return [table.reshape(-1, table.shape[-1]) for table in evaluate(values, fed, opset)]
 
     def _rewrite(self, model: ir.Model, rotation: Rotation, tables: Tables) -> None:
-        old = rotation.add.outputs[0]
+        old = rotation.last.outputs[0]
         node = ir.node(
             "RotaryEmbedding",
             [rotation.x, tables.cos, tables.sin, tables.positions],
-            name=f"{rotation.add.name}.rotary_embedding",
+            name=f"{rotation.last.name}.rotary_embedding",
         )
         new = tag(node, self.name).outputs[0]
         new.shape, new.type = old.shape, old.type
-        model.graph.insert_before(rotation.add, node)
+        model.graph.insert_before(rotation.last, node)
         new.name, old.name = old.name, None
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         self.matches += 1

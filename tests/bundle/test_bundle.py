@@ -320,7 +320,7 @@ def test_facts_refuse_fields_nobody_defined() -> None:
     with pytest.raises(ValueError, match="names its method"):
         Verification(performed=False, method="whole-model")
     with pytest.raises(ValueError, match="frozen"):
-        bundle_facts().dtype = "int8"  # type: ignore[misc]
+        bundle_facts().dtype = "int8"
 
 
 def test_reference_logits_round_trip_and_compare() -> None:

@@ -201,10 +201,10 @@ def test_linked_file_shares_bytes_and_notices_a_changed_checkpoint(tmp_path: Pat
     shard = tmp_path / "checkpoint" / "model.safetensors"
     shard.parent.mkdir()
     shard.write_bytes(len(header).to_bytes(8, "little") + header + b"01234567")
-    (shard.parent / "hub.safetensors").symlink_to(shard)
     with BundleWriter(tmp_path / "out") as writer:
         writer.add_text("model.onnx", "model")
-        writer.link_file(shard.parent / "hub.safetensors", "weights/model.safetensors")
+        (writer.directory / "weights").mkdir()
+        os.link(shard, writer.directory / "weights" / "model.safetensors")
         out = writer.commit(bundle_facts(weights="link"))
     assert (out / "weights" / "model.safetensors").samefile(shard)
     assert list(Bundle.open(out).manifest.linked_files) == ["weights/model.safetensors"]
@@ -215,13 +215,12 @@ def test_linked_file_shares_bytes_and_notices_a_changed_checkpoint(tmp_path: Pat
     assert shard.exists()
 
 
-def test_link_failure_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: str, target: str) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refuse)
-    with BundleWriter(tmp_path / "out") as writer, pytest.raises(BundleError, match="use --weights copy"):
-        writer.link_file(__file__)
+def test_known_hashes_are_not_computed_again(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "out") as writer:
+        writer.add_text("model.onnx", "model")
+        out = writer.commit(bundle_facts(), known_sha256={"model.onnx": "0" * 64})
+    with pytest.raises(BundleError, match=r"model\.onnx does not have the hash"):
+        Bundle.open(out)
 
 
 def test_accuracy_report_is_kept_small(tmp_path: Path) -> None:

@@ -99,7 +99,10 @@ def write_tokenizer(folder: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(_SPECIAL_TOKENS))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=_SPECIAL_TOKENS[0], eos_token=_SPECIAL_TOKENS[1], clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        pad_token=_SPECIAL_TOKENS[0],
+        eos_token=_SPECIAL_TOKENS[1],
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = _CHAT_TEMPLATE
     fast.save_pretrained(folder)

@@ -70,20 +70,20 @@ def tiny_transformers_model(graph: ForeignGraph) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type = {"dense": "qwen2", "moe": "qwen2_moe"}.get(graph.kind, graph.kind)
-    sizes: dict[str, Any] = dict(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
-        tie_word_embeddings="moe" not in graph.kind,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": "moe" not in graph.kind,
+    }
     if "moe" in graph.kind:
-        sizes |= dict(moe_intermediate_size=16, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False)
-        sizes |= dict(shared_expert_intermediate_size=32) if graph.kind == "moe" else {}
+        sizes |= {"moe_intermediate_size": 16, "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False}
+        sizes |= {"shared_expert_intermediate_size": 32} if graph.kind == "moe" else {}
     dtype = getattr(torch, graph.dtype)
     config = AutoConfig.for_model(model_type, **(sizes | dict(graph.config)))
     with torch.random.fork_rng():
@@ -252,7 +252,7 @@ def _flat_wrapper(model: Any) -> Any:
             caches = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
             return (output.logits, *caches)
 
-    return FlatCaches()
+    return FlatCaches().eval()
 
 
 def variants(graph: ForeignGraph, **choices: tuple[Any, ...]) -> list[ForeignGraph]:

@@ -1,7 +1,8 @@
-"""A dense Qwen2 graph for ONNX Runtime, written node by node: a runtime's counterpart before, and apart from, the exporter."""
+"""A dense Qwen2 graph for ONNX Runtime, written node by node: for runtime tests that need no exporter."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def qwen2_graph(checkpoint: Path, *, positions: int = 256) -> onnx.ModelProto:
         )
         x = graph.add("Add", [x, linear(outputs[0], f"{prefix}.self_attn.o_proj")])[0]
         h = norm(x, f"{prefix}.post_attention_layernorm.weight")
-        gate, up = graph.add("Split", [linear(h, f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")], 2, axis=-1, num_outputs=2)
+        gate, up = graph.add(
+            "Split", [linear(h, f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")], 2, axis=-1, num_outputs=2
+        )
         h = graph.add("Mul", [graph.add("Swish", [gate])[0], up])[0]
         x = graph.add("Add", [x, linear(h, f"{prefix}.mlp.down_proj")])[0]
     x = norm(x, "model.norm.weight")
@@ -122,8 +125,6 @@ def qwen2_graph(checkpoint: Path, *, positions: int = 256) -> onnx.ModelProto:
 
 def write_qwen2_bundle(checkpoint: Path, out: Path, *, max_length: int = 256, **changes: Any) -> Path:
     """A runnable ``ort-cpu`` bundle of a dense checkpoint made by ``support.checkpoints``; returns ``out``."""
-    import json
-
     model = qwen2_graph(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())
     facts = {

@@ -1,0 +1,52 @@
+# Two commands do everything: `make demo` and `make test`. Both need Python 3.10 or newer and set up .venv first.
+PYTHON ?= python3
+# The CPU build is enough. Where the package index serves another build by default, say which one you want here.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+STAGES := exporter graph_passes plugins calibration engine runtime bench
+
+.PHONY: help setup demo test lint typecheck format clean
+
+help:
+	@echo "make demo       export both example checkpoints, verify, generate text, measure latency"
+	@echo "make test       ruff, mypy, pytest"
+	@echo "make lint       ruff and mypy only"
+	@echo "make format     let ruff format the sources"
+	@echo "make clean      remove everything that was built, .venv included"
+
+setup: $(READY)
+
+# torch first and alone, so that resolving the other requirements cannot choose another build of it.
+$(READY): pyproject.toml VERSION
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[export,dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY) typecheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow an editable install: lay the namespace out as links, which pyproject.toml's mypy_path names.
+typecheck: $(READY)
+	rm -rf build/typecheck
+	mkdir -p build/typecheck/qwenforge
+	ln -s $(CURDIR)/qwenforge/* $(addprefix $(CURDIR)/,$(STAGES)) build/typecheck/qwenforge/
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

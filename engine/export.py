@@ -1,0 +1,351 @@
+"""From a checkpoint folder to a verified bundle: the whole pipeline in order.
+
+    read -> trace one layer of each kind -> fuse -> copy to full depth -> lower -> stream weights -> verify -> commit
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qwenforge import names
+from qwenforge.bundle_writer import BundleWriter
+from qwenforge.engine.prompts import verification_prompts
+from qwenforge.engine.verification import VerificationReport, verify
+from qwenforge.errors import UnsupportedError, UserError
+from qwenforge.exporter.checkpoint import Checkpoint
+from qwenforge.exporter.external_data import link_checkpoint_files, save_model
+from qwenforge.exporter.instantiate import instantiate
+from qwenforge.exporter.trace import TracedModel, trace
+from qwenforge.graph_passes.lower import lower
+from qwenforge.graph_passes.pipeline import Step, optimize
+from qwenforge.manifest import (
+    GENERATION_CONFIG,
+    LAYER_BEFORE,
+    MODEL_NAME,
+    TOKENIZER,
+    BundleFacts,
+    Geometry,
+    Limits,
+    Source,
+    TensorSpec,
+    Verification,
+)
+from qwenforge.reference_logits import ReferenceLogits
+from qwenforge.targets import resolve_dtype
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the fraction of it that is done, 0..1."""
+
+DEFAULT_MAX_LENGTH = 32768
+"""Longest context of a bundle unless asked otherwise; the model's own limit when that is shorter."""
+_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made.
+
+    Attributes:
+        bundle: its folder.
+        target, dtype: what it was lowered to.
+        steps: the graph passes and their matches on the traced template.
+        nodes: nodes of the final graph.
+        data_bytes: bytes of weights written.
+        linked_bytes: bytes of weights referred to in the checkpoint's files.
+        seconds: wall time of each stage.
+        verification: the comparison with transformers; None when it was turned off.
+    """
+
+    bundle: Path
+    target: str
+    dtype: str
+    steps: list[Step]
+    nodes: int
+    data_bytes: int
+    linked_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    verification: VerificationReport | None = None
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    target: str = "ort-cpu",
+    dtype: str | None = None,
+    weights: str = "copy",
+    max_length: int | None = None,
+    max_batch: int | None = None,
+    verify_result: bool = True,
+    verify_passes: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export ``checkpoint`` to the bundle folder ``output``.
+
+    Args:
+        checkpoint: a Hugging Face folder (config.json, safetensors, tokenizer files).
+        output: the bundle; replaced atomically if it is one already.
+        target: ``ort-cpu`` or ``portable``.
+        dtype: ``fp32``, ``fp16`` or ``bf16``; by default what the target runs best.
+        weights: ``copy`` streams them into the bundle, ``link`` refers to the checkpoint's bytes where the layout
+            and dtype are the same.
+        max_length: longest context; by default the model's own limit, at most 32768.
+        max_batch: largest batch, recorded in the manifest; None for any.
+        verify_result: compare with transformers before the bundle appears.
+        verify_passes: also compare the graph before and after every pass.
+        progress: told what is going on.
+
+    Raises:
+        UserError: the checkpoint is damaged or unsupported, the output is not replaceable, or the result is wrong.
+    """
+    clock = _Clock(progress)
+    source = Checkpoint.open(checkpoint)
+    chosen = resolve_dtype(target, dtype)
+    length = _context_length(source, max_length)
+    if weights not in ("copy", "link"):
+        raise UserError(f"--weights is copy or link, not {weights}.")
+    if verify_result and target == "portable" and chosen == "bf16":
+        raise UnsupportedError(
+            "a bf16 portable model cannot be run here to verify it; choose fp32 or fp16, or add --no-verify."
+        )
+    with BundleWriter(output) as writer:
+        clock.start("trace")
+        traced = trace(source, _DTYPES[chosen])
+        writer.add_json(LAYER_BEFORE, _layer_nodes(traced.model))
+        clock.start("fuse")
+        result = optimize(traced.model, target="portable", verify=verify_passes, positions=length)
+        _require_fused(result.model, traced, source)
+        clock.start("instantiate")
+        portable = instantiate(result.model, traced, source)
+        clock.start("lower")
+        final = lower(portable, target, weights=weights)
+        clock.start("write weights")
+        links = link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
+        saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
+        _drop_unused_links(writer.directory, saved.linked_bytes, links)
+        report = None
+        if verify_result:
+            clock.start("verify against transformers")
+            tokenizer = source.tokenizer_files.get(TOKENIZER)
+            prompts = verification_prompts(tokenizer, source.config.vocab_size, length // 2)
+            report = verify(
+                source,
+                writer.directory / MODEL_NAME,
+                _DTYPES[chosen],
+                prompts,
+                max_length=length,
+                progress=clock.steps_done,
+            )
+        clock.start("finish")
+        for name, path in source.tokenizer_files.items():
+            writer.add_file(path, name)
+        writer.add_json(GENERATION_CONFIG, dict(source.generation_config))
+        _add_accuracy(writer, report)
+        facts = _facts(source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report)
+        bundle = writer.commit(facts)
+    return ExportReport(
+        bundle=bundle,
+        target=target,
+        dtype=chosen,
+        steps=result.steps,
+        nodes=final.graph.num_nodes(),
+        data_bytes=saved.data.bytes if saved.data else 0,
+        linked_bytes=saved.linked_bytes,
+        seconds=clock.finish(),
+        verification=report,
+    )
+
+
+class _Clock:
+    """Times the stages and passes progress on."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._seconds: dict[str, float] = {}
+        self._stage = ""
+        self._since = time.perf_counter()
+        self.start("read checkpoint")
+
+    def start(self, stage: str) -> None:
+        now = time.perf_counter()
+        if self._stage:
+            self._seconds[self._stage] = now - self._since
+        self._stage, self._since = stage, now
+        self._tell(stage, 0.0)
+
+    def bytes_done(self, done: int, total: int, name: str) -> None:
+        self._tell(f"write weights: {name}", done / max(1, total))
+
+    def steps_done(self, what: str, done: int, total: int) -> None:
+        self._tell(f"verify: {what}", done / max(1, total))
+
+    def finish(self) -> dict[str, float]:
+        self.start("done")
+        return self._seconds
+
+    def _tell(self, what: str, fraction: float) -> None:
+        if self._progress is not None:
+            self._progress(what, fraction)
+
+
+def _context_length(source: Checkpoint, asked: int | None) -> int:
+    limit = source.config.max_position_embeddings
+    if asked is None:
+        return min(limit, DEFAULT_MAX_LENGTH)
+    if asked < 16:
+        raise UserError(f"--max-length is {asked}; a context needs at least 16 tokens.")
+    if asked > limit:
+        raise UserError(f"--max-length {asked} is beyond the model's {limit} positions (max_position_embeddings).")
+    return asked
+
+
+def _layer_nodes(model: ir.Model) -> list[dict[str, Any]]:
+    """The traced nodes of the first layer, for ``inspect --html``'s before and after."""
+    found = []
+    for node in model.graph:
+        if "model.layers.0'" in node.metadata_props.get("pkg.torch.onnx.name_scopes", ""):
+            found.append(
+                {
+                    "op": node.op_type,
+                    "inputs": [value.name for value in node.inputs if value is not None],
+                    "outputs": [value.name for value in node.outputs],
+                    "name": node.name,
+                }
+            )
+    return found
+
+
+def _require_fused(model: ir.Model, traced: TracedModel, source: Checkpoint) -> None:
+    """Our own trace must reach the portable form; anything else is a bug, not the user's fault."""
+    ops = [(node.domain, node.op_type) for node in model.graph]
+    kinds = [source.config.layer_kinds[layer] for layer in traced.representative]
+    expected = {
+        (names.DOMAIN, "GroupedQueryAttention"): len(kinds),
+        (names.DOMAIN, "MixtureOfExperts"): sum(kind.sparse for kind in kinds),
+    }
+    for op, count in expected.items():
+        if ops.count(op) != count:
+            raise RuntimeError(f"the traced model has {ops.count(op)} fused {op[1]} nodes where {count} are expected")
+
+
+def _drop_unused_links(folder: Path, linked_bytes: int, links: object) -> None:
+    if links is None or linked_bytes:
+        return
+    import shutil
+
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    raise UnsupportedError(
+        "--weights link found no tensor whose bytes can be used as they are: the checkpoint's dtype differs from the "
+        "bundle's. Use --weights copy, or choose --dtype as stored."
+    )
+
+
+def _add_accuracy(writer: BundleWriter, report: VerificationReport | None) -> None:
+    if report is None:
+        writer.add_accuracy({"verified": False})
+        return
+    references = [
+        ReferenceLogits.from_logits(prompt, [len(prompt) - 1], logits[None]) for prompt, logits in report.references
+    ]
+    writer.add_accuracy(
+        {
+            "verified": True,
+            "reference": "transformers fp32",
+            "method": report.method,
+            "prompts": report.prompts,
+            "positions": report.positions,
+            "max_abs_error": report.max_abs_error,
+            "bound": report.bound,
+            "mean_kl": report.mean_kl,
+            "max_kl": report.max_kl,
+            "token_disagreements": report.token_disagreements,
+            "near_ties": report.near_ties,
+        },
+        references,
+    )
+
+
+def _facts(
+    source: Checkpoint,
+    model: ir.Model,
+    target: str,
+    dtype: str,
+    weights: str,
+    limits: Limits,
+    report: VerificationReport | None,
+) -> BundleFacts:
+    config = source.config
+    generation = source.generation_config
+    eos = generation.get("eos_token_id", list(config.eos_token_ids))
+    sparse = config.num_experts or None
+    return BundleFacts(
+        source=Source(
+            path_name=source.folder.resolve().name,
+            model_type=config.model_type,
+            config=dict(config.source),
+            fingerprint=source.fingerprint(),
+            dtype=_stored_dtype(source),
+        ),
+        target=target,
+        dtype=dtype,
+        weights="link" if weights == "link" else "copy",
+        limits=limits,
+        inputs=tuple(_spec(value) for value in model.graph.inputs),
+        outputs=tuple(_spec(value) for value in model.graph.outputs),
+        model=Geometry(
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            intermediate_size=config.intermediate_size,
+            num_experts=sparse,
+            num_experts_per_tok=config.num_experts_per_tok if sparse else None,
+            moe_intermediate_size=config.moe_intermediate_size if sparse else None,
+            shared_expert_intermediate_size=(config.shared_expert_intermediate_size or None) if sparse else None,
+            max_position_embeddings=config.max_position_embeddings,
+        ),
+        verification=_verification(report),
+        session_options={"session.disable_prepacking": "1"} if weights == "link" else {},
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_token_id=generation.get("bos_token_id"),
+        pad_token_id=generation.get("pad_token_id"),
+    )
+
+
+def _verification(report: VerificationReport | None) -> Verification:
+    if report is None:
+        return Verification(performed=False)
+    return Verification(
+        performed=True,
+        method="whole-model" if report.method == "whole-model" else "layer-by-layer",
+        reference="transformers fp32",
+        prompts=report.prompts,
+        max_abs_error=report.max_abs_error,
+        kl=report.max_kl,
+        greedy_match=report.token_disagreements == 0,
+        bound=report.bound,
+    )
+
+
+def _stored_dtype(source: Checkpoint) -> str:
+    """The dtype of most of the checkpoint's bytes."""
+    sizes: dict[str, int] = {}
+    for name in source.names:
+        tensor = source.tensor(name)
+        sizes[tensor.dtype.name.lower()] = sizes.get(tensor.dtype.name.lower(), 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return TensorSpec(name=value.name, dtype=value.dtype.name.lower(), shape=shape)

@@ -1,0 +1,128 @@
+"""Finding a checkpoint's files: which weights files there are, and that every one lies where it may."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qwenforge.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError, saying what to give instead, unless ``folder`` can be a checkpoint."""
+    if folder.suffix == ".gguf":
+        raise CheckpointError(f"{folder} is a GGUF file: give the original Hugging Face checkpoint folder instead")
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist: give the path of a Hugging Face checkpoint folder")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give the checkpoint folder that holds it")
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be listed ({error.strerror or error}): check its permissions"
+        ) from error
+    if not names:
+        raise CheckpointError(f"{folder} is empty: download the checkpoint into it")
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise CheckpointError(f"{folder} holds a LoRA adapter: merge it into its base model and save that first")
+        if any(name.endswith(".gguf") for name in names):
+            raise CheckpointError(f"{folder} holds GGUF files: give the original Hugging Face checkpoint instead")
+        raise CheckpointError(f"{folder} has no config.json: give a Hugging Face checkpoint folder")
+
+
+def inside(folder: Path, name: str, *, named_by: str) -> Path:
+    """The real path of file ``name`` of the checkpoint.
+
+    A link may point within the folder, or into the ``blobs`` folder of the Hugging Face cache that the folder is a
+    snapshot of (that is how the cache stores every file).
+
+    Raises:
+        CheckpointError: The file is missing, or the name or a link leads elsewhere; ``named_by`` opens the sentence.
+    """
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{named_by} names {name!r}, outside the checkpoint folder: do not trust this checkpoint")
+    path = folder / name
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{named_by} names {name!r}, a link to {real} outside the checkpoint folder: copy the file into the folder"
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{named_by} names {name!r}, which is missing in {folder}: download it")
+    return real
+
+
+def weight_files(folder: Path) -> tuple[dict[str, Path], dict[str, str] | None]:
+    """The weights files by name, and the index (tensor -> file name) when the checkpoint is sharded.
+
+    Raises:
+        CheckpointError: There is no safetensors checkpoint, or its index is damaged or names files that are missing
+            or outside the folder.
+    """
+    if (folder / SINGLE_FILE).exists() or (folder / SINGLE_FILE).is_symlink():
+        return {SINGLE_FILE: inside(folder, SINGLE_FILE, named_by=str(folder))}, None
+    if not (folder / INDEX_FILE).exists():
+        raise CheckpointError(_what_is_there_instead(folder))
+    index = folder / INDEX_FILE
+    weight_map = _read_index(inside(folder, INDEX_FILE, named_by=str(folder)), index)
+    files = {name: inside(folder, name, named_by=str(index)) for name in dict.fromkeys(weight_map.values())}
+    return files, weight_map
+
+
+def read_json_object(path: Path) -> Mapping[str, Any]:
+    """The JSON object in ``path``; raises CheckpointError when there is none."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path} must hold a JSON object: download it again")
+    return parsed
+
+
+def _read_index(real: Path, index: Path) -> dict[str, str]:
+    weight_map = read_json_object(real).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no 'weight_map': download it again")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{index} gives tensor {tensor!r} the file {file!r}: download it again")
+    return weight_map
+
+
+def _what_is_there_instead(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    if "adapter_model.safetensors" in names:
+        return f"{folder} holds a LoRA adapter: merge it into its base model and save that first"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        return (
+            f"{folder} holds PyTorch pickle weights only, which are not read because they can run code: load it with "
+            "transformers and call save_pretrained to get safetensors"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return f"{folder} holds GGUF files: give the original Hugging Face checkpoint instead"
+    if any(name.endswith(".safetensors") for name in names):
+        return f"{folder} has safetensors files but neither {SINGLE_FILE} nor {INDEX_FILE}: download the index too"
+    return f"{folder} has no {SINGLE_FILE}: download the weights"

@@ -1,0 +1,121 @@
+"""``qwenforge export``: a checkpoint in, a verified bundle out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from qwenforge.cli.arguments import add_dtype, add_json, add_target, positive_int
+from qwenforge.cli.base import Command
+
+if TYPE_CHECKING:
+    from qwenforge.engine.export import ExportReport
+
+
+class ExportCommand(Command):
+    """Export a Hugging Face checkpoint to a bundle."""
+
+    name = "export"
+    help = "turn a checkpoint into a verified bundle"
+    description = (
+        "Trace a Qwen2-family checkpoint to ONNX, fuse it, lower it to a target and write a bundle. The result is "
+        "compared with transformers on the same checkpoint before the bundle appears; a wrong one is not written."
+    )
+    example = "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-bundle --target ort-cpu"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, safetensors, tokenizer")
+        parser.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="bundle folder to write")
+        add_target(parser, default="ort-cpu")
+        add_dtype(parser)
+        parser.add_argument(
+            "--weights",
+            choices=("copy", "link"),
+            default="copy",
+            help="copy them into the bundle (default), or refer to the checkpoint's own bytes where they can be used as "
+            "they are: seconds and megabytes, memory-mapped at run time",
+        )
+        parser.add_argument("--max-length", type=positive_int, metavar="N", help="longest context (default: the model's, <= 32768)")
+        parser.add_argument("--max-batch", type=positive_int, metavar="B", help="largest batch to allow (default: any)")
+        parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers (recorded)")
+        parser.add_argument("--verify-passes", action="store_true", help="also compare the graph around every pass")
+        add_json(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        from qwenforge.engine.export import export_checkpoint
+
+        options: dict[str, Any] = {
+            "target": args.target,
+            "dtype": args.dtype,
+            "weights": args.weights,
+            "max_length": args.max_length,
+            "max_batch": args.max_batch,
+            "verify_result": not args.no_verify,
+            "verify_passes": args.verify_passes,
+        }
+        if args.json:
+            print(json.dumps(_as_json(export_checkpoint(args.checkpoint, args.output, **options)), indent=1))
+            return 0
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description:<44.44}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("read checkpoint", total=1.0)
+            report = export_checkpoint(
+                args.checkpoint,
+                args.output,
+                **options,
+                progress=lambda what, done: progress.update(task, description=what, completed=done),
+            )
+        _print(report)
+        return 0
+
+
+def _as_json(report: ExportReport) -> dict[str, Any]:
+    verification = report.verification
+    return {
+        "bundle": str(report.bundle),
+        "target": report.target,
+        "dtype": report.dtype,
+        "nodes": report.nodes,
+        "data_bytes": report.data_bytes,
+        "linked_bytes": report.linked_bytes,
+        "seconds": {stage: round(seconds, 3) for stage, seconds in report.seconds.items()},
+        "rules": {step.rule: step.matches for step in report.steps},
+        "verification": None
+        if verification is None
+        else {
+            "method": verification.method,
+            "prompts": verification.prompts,
+            "positions": verification.positions,
+            "max_abs_error": verification.max_abs_error,
+            "bound": verification.bound,
+            "mean_kl": verification.mean_kl,
+            "max_kl": verification.max_kl,
+            "token_disagreements": verification.token_disagreements,
+            "near_ties": verification.near_ties,
+        },
+    }
+
+
+def _print(report: ExportReport) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    size = report.data_bytes / 1e6
+    linked = f", {report.linked_bytes / 1e6:.1f} MB linked" if report.linked_bytes else ""
+    console.print(f"wrote {escape(str(report.bundle))}: {report.target} {report.dtype}, {report.nodes} nodes, ", end="")
+    console.print(f"{size:.1f} MB of weights{linked} in {sum(report.seconds.values()):.1f} s")
+    verification = report.verification
+    if verification is None:
+        console.print("not verified (--no-verify)")
+        return
+    console.print(
+        f"verified against transformers ({verification.method}): max logit error {verification.max_abs_error:.1e} "
+        f"(bound {verification.bound:.1e}), max KL {verification.max_kl:.1e}, tokens agree at "
+        f"{verification.positions - verification.token_disagreements}/{verification.positions} positions"
+    )

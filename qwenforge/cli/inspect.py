@@ -1,0 +1,159 @@
+"""``qwenforge inspect``: what is in a bundle or an ONNX model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenforge.cli.arguments import add_json
+from qwenforge.cli.base import EXIT_DONE, Command
+
+if TYPE_CHECKING:
+    from qwenforge.bundle import Bundle
+    from qwenforge.engine.inspection import Inspection
+    from qwenforge.engine.layer_drawing import DrawnNode
+
+
+class InspectCommand(Command):
+    """Report on a bundle or an ONNX model without loading its weights."""
+
+    name = "inspect"
+    help = "show what is in a bundle or an ONNX model"
+    description = (
+        "Show which operators a model consists of, what is fused, parameters and bytes by kind, and every layer. Works on "
+        "any ONNX model; of a bundle it also checks the files and shows the manifest. Weights are not loaded."
+    )
+    example = "qwenforge inspect ./tiny-bundle --html tiny.html"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare MODEL, --verify, --html and --json."""
+        parser.add_argument("model", metavar="BUNDLE|MODEL.onnx", type=Path, help="a bundle folder or an ONNX file")
+        parser.add_argument(
+            "--verify",
+            choices=("quick", "full"),
+            default="quick",
+            help="how to check a bundle: sizes, hashes of small files and samples of large ones (default), or every byte",
+        )
+        parser.add_argument("--html", metavar="F", type=Path, help="also write one self-contained page, with pictures")
+        add_json(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print the report; UserError when the model or bundle cannot be read or the page cannot be written."""
+        from qwenforge.engine.inspection import inspect_model, read_model
+        from qwenforge.engine.layer_recognition import recognize_layers
+
+        bundle = _open_bundle(args.model, args.verify)
+        model = read_model(bundle.model_path if bundle is not None else args.model)
+        layers = recognize_layers(model.graph)
+        report = inspect_model(model, args.model.resolve().name, layers)
+        if args.html is not None:
+            from qwenforge.engine.inspection_html import render_page
+
+            manifest = bundle.manifest if bundle is not None else None
+            _write(args.html, render_page(report, layers, manifest=manifest, before=_layer_before(bundle)))
+        if args.json:
+            print(json.dumps(_as_json(report, bundle), indent=1))
+        else:
+            _print_text(report, bundle, args)
+        return EXIT_DONE
+
+
+def _open_bundle(path: Path, verify: Any) -> Bundle | None:
+    from qwenforge.bundle import Bundle
+    from qwenforge.errors import BundleError
+
+    if path.is_dir():
+        return Bundle.open(path, verify=verify)
+    if not path.exists():
+        raise BundleError(f"{path} does not exist; give a bundle folder or an ONNX file")
+    return None
+
+
+def _layer_before(bundle: Bundle | None) -> list[DrawnNode]:
+    from qwenforge.engine.layer_drawing import nodes_of_record
+    from qwenforge.manifest import LAYER_BEFORE
+
+    if bundle is None or LAYER_BEFORE not in bundle.manifest.files:
+        return []
+    return nodes_of_record(bundle.read_json(LAYER_BEFORE))
+
+
+def _write(path: Path, text: str) -> None:
+    from qwenforge.errors import UserError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); give --html a file in a writable folder") from error
+
+
+def _as_json(report: Inspection, bundle: Bundle | None) -> dict[str, Any]:
+    result = report.to_json()
+    if bundle is not None:
+        manifest = bundle.manifest.model_dump(mode="json")
+        result["verification"] = manifest["verification"]
+        result["manifest"] = manifest
+    return result
+
+
+def _print_text(report: Inspection, bundle: Bundle | None, args: argparse.Namespace) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from qwenforge.engine.inspection_html import bundle_facts
+    from qwenforge.engine.units import quantity, size, thousands
+
+    console = Console(highlight=False)
+
+    def show(title: str, columns: list[str], rows: list[list[str]], numbers: set[str]) -> None:
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="right" if column in numbers else "left")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
+
+    opsets = ", ".join(f"{domain} {version}" for domain, version in report.opsets.items())
+    console.print(f"[bold]{escape(report.name)}[/]: {quantity(report.parameters)} parameters, {size(report.bytes)}; {opsets}")
+    outside = f", {report.nodes_outside_layers} outside the layers" if report.layers else "; no layers recognized"
+    console.print(f"{report.nodes} nodes, {len(report.layers)} layers{outside}")
+    if bundle is not None:
+        console.print(f"files checked ({args.verify}): whole")
+        rows = [[title, name, value] for title, group in bundle_facts(bundle.manifest) for name, value in group]
+        show("Bundle", ["part", "", "value"], rows, set())
+    show(
+        "What is fused",
+        ["group", "operators"],
+        [[group, str(count)] for group, count in report.fused.items() if count],
+        {"operators"},
+    )
+    for sentence in report.not_fused:
+        console.print(f"[yellow]not fused:[/] {escape(sentence)}")
+    show(
+        "Parameters and bytes",
+        ["kind", "type", "tensors", "parameters", "bytes"],
+        [[g.kind, g.dtype, str(g.tensors), thousands(g.parameters), size(g.bytes)] for g in report.weights],
+        {"tensors", "parameters", "bytes"},
+    )
+    if report.layers:
+        show(
+            f"Layers (recognized by {report.layers_from})",
+            ["layer", "nodes", "attention", "feed-forward", "parameters", "bytes"],
+            [
+                [str(r.index), str(r.nodes), r.attention, r.feed_forward, thousands(r.parameters), size(r.bytes)]
+                for r in report.layers
+            ],
+            {"layer", "nodes", "parameters", "bytes"},
+        )
+    show(
+        "Operators",
+        ["domain", "operator", "count"],
+        [[item.domain, item.operator, str(item.count)] for item in report.operators],
+        {"count"},
+    )
+    if args.html is not None:
+        console.print(f"page written to {escape(str(args.html))}")

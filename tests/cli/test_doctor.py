@@ -1,0 +1,87 @@
+"""``qwenforge doctor``: a full machine, a bare one, and its two output forms."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from qwenforge import targets
+from qwenforge.cli.doctor import Capability, assess
+from qwenforge.cli.main import main
+from qwenforge.packages import Package, survey
+
+
+@pytest.fixture(scope="module")
+def packages() -> tuple[Package, ...]:
+    return survey()
+
+
+def _without(packages: tuple[Package, ...], *missing: str) -> list[Package]:
+    return [
+        replace(package, version="", problem="not installed") if package.name in missing else package
+        for package in packages
+    ]
+
+
+def _named(capabilities: list[Capability], start: str) -> Capability:
+    (found,) = (capability for capability in capabilities if capability.name.startswith(start))
+    return found
+
+
+def test_development_environment_can_do_everything_built(packages: tuple[Package, ...]) -> None:
+    for capability in assess(packages):
+        planned = any(capability.name.endswith(f"target {name}") for name in targets.PLANNED)
+        assert capability.ready != planned, capability
+
+
+def test_missing_torch_disables_export_only_and_says_what_to_install(packages: tuple[Package, ...]) -> None:
+    capabilities = assess(_without(packages, "torch", "transformers"))
+    export = _named(capabilities, "export")
+    assert not export.ready
+    assert export.detail == "torch not installed; transformers not installed"
+    assert export.install == "pip install --upgrade 'qwenforge[export]'"
+    assert _named(capabilities, "run: target ort-cpu").ready
+    assert _named(capabilities, "optimize").ready
+
+
+def test_missing_onnxruntime_disables_running(packages: tuple[Package, ...]) -> None:
+    run = _named(assess(_without(packages, "onnxruntime")), "run: target ort-cpu")
+    assert not run.ready
+    assert run.install == "pip install --upgrade 'qwenforge'"
+
+
+def test_planned_target_is_reported_as_not_built(packages: tuple[Package, ...]) -> None:
+    capability = _named(assess(packages), "build and run: target tensorrt-rtx")
+    assert "not built yet" in capability.detail
+    assert capability.install == ""
+
+
+def test_json_is_one_object_with_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["memory_bytes"] > 0
+    assert report["machine"]["processor"]["usable_threads"] >= 1
+    assert {"onnxruntime", "torch"} <= {package["name"] for package in report["packages"]}
+    assert report["targets"]["ort-cpu"] == ["fp32", "fp16"]
+
+
+def test_table_names_libraries_and_capabilities(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for word in ("processor", "memory", "onnxruntime", "run: target ort-cpu"):
+        assert word in text
+
+
+def test_bare_environment_is_diagnosed_not_crashed_on() -> None:
+    script = (
+        "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from qwenforge.cli.main import main\nsys.exit(main(['doctor', '--json']))"
+    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    export = next(c for c in json.loads(finished.stdout)["capabilities"] if c["name"].startswith("export"))
+    assert not export["ready"]
+    assert "qwenforge[export]" in export["install"]

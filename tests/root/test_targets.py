@@ -1,0 +1,48 @@
+"""Targets: what is supported, what is refused and why."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwenforge import targets
+from qwenforge.errors import UnsupportedError
+
+
+def test_default_dtype_is_the_first_supported_one() -> None:
+    assert targets.resolve_dtype("ort-cpu", None) == "fp32"
+    assert targets.resolve_dtype("portable", None) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [(target.name, dtype) for target in targets.TARGETS.values() for dtype in target.dtypes],
+)
+def test_supported_dtype_is_taken_as_asked(target: str, dtype: str) -> None:
+    assert targets.resolve_dtype(target, dtype) == dtype
+
+
+def test_bf16_on_ort_cpu_is_refused_with_alternatives() -> None:
+    with pytest.raises(UnsupportedError, match=r"bf16.*bfloat16 kernels.*fp32.*fp16.*portable"):
+        targets.resolve_dtype("ort-cpu", "bf16")
+
+
+@pytest.mark.parametrize("target", targets.TARGETS.values(), ids=lambda target: target.name)
+def test_every_dtype_is_supported_or_refused_with_a_reason(target: targets.Target) -> None:
+    assert set(target.dtypes) | set(target.refused) == set(targets.DTYPES)
+    assert not set(target.dtypes) & set(target.refused)
+
+
+@pytest.mark.parametrize("name", targets.PLANNED)
+def test_planned_target_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"target {name} .*not built yet.*ort-cpu"):
+        targets.get(name)
+
+
+def test_unknown_target_lists_the_known_ones() -> None:
+    with pytest.raises(UnsupportedError, match=r"unknown target 'gpu'; use ort-cpu or portable"):
+        targets.resolve_dtype("gpu", None)
+
+
+def test_unknown_dtype_lists_what_the_target_supports() -> None:
+    with pytest.raises(UnsupportedError, match=r"int3.*choose fp32 or fp16"):
+        targets.resolve_dtype("ort-cpu", "int3")

@@ -1,0 +1,18 @@
+"""The tolerances of the tests, one place, each justified; bounds that the product enforces live beside the product."""
+
+from __future__ import annotations
+
+FLOAT32_EXACT = 1e-6
+"""The same fp32 operations in the same order, relative: a few units in the last place."""
+
+FLOAT32_REORDERED = 1e-5
+"""fp32 sums of up to a few thousand terms in another order, relative to the output's scale: sqrt(4096) * 2^-24 * 2."""
+
+FLOAT32_MODEL = 2e-4
+"""Logits of a whole fp32 model against another implementation, absolute: reordered sums through tens of layers."""
+
+FLOAT16 = 4e-3
+"""One fused fp16 operator against fp32, relative: four units in the last place (2^-10) of an fp16 number."""
+
+BFLOAT16 = 3e-2
+"""One fused bf16 operator against fp32, relative: four units in the last place (2^-7) of a bf16 number."""
