@@ -40,7 +40,7 @@ lint: $(READY) typecheck
 typecheck: $(READY)
 	rm -rf build/typecheck
 	mkdir -p build/typecheck/qwenforge
-	ln -s $(CURDIR)/qwenforge/* $(addprefix $(CURDIR)/,$(STAGES)) build/typecheck/qwenforge/
+	cd build/typecheck/qwenforge && ln -s ../../../qwenforge/* $(addprefix ../../../,$(STAGES)) .
 	$(BIN)/mypy
 
 format: $(READY)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge import names
+from qwenforge.exporter.external_data import load_model
 from qwenforge.graph_passes.segments import split_by_layer
 
 Array = npt.NDArray[np.generic]
@@ -29,7 +30,7 @@ class StepExecutor:
     """
 
     def __init__(self, path: Path, *, batch: int, capacity: int, whole: bool) -> None:
-        model = ir.load(path)
+        model = load_model(path)
         self._folder = path.parent
         self._caches: dict[str, Array] = {}
         for value in model.graph.inputs:

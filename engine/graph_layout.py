@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 RANK_GAP = 30.0
 BOX_GAP = 16.0
@@ -58,6 +59,8 @@ def layout(sizes: Sequence[tuple[float, float]], edges: Sequence[tuple[int, int]
         height = max(boxes[index].height for index in rank)
         for index in rank:
             boxes[index].x -= left
+            if index >= len(sizes):
+                boxes[index].height = height  # the edge runs straight past its neighbours and bends in the gaps
             boxes[index].y = top + (height - boxes[index].height) / 2
         top += height + RANK_GAP
     width = max((box.x + box.width / 2 for box in boxes), default=0.0)
@@ -66,13 +69,12 @@ def layout(sizes: Sequence[tuple[float, float]], edges: Sequence[tuple[int, int]
 
 
 def _assign_ranks(boxes: list[Box], edges: Sequence[tuple[int, int]]) -> None:
-    """Longest path from the sources; then boxes whose edges get no longer by it sink towards the boxes below them."""
+    """Longest path from the sources; then every box sinks to just above the first box that it leads to."""
     followers: list[list[int]] = [[] for _ in boxes]
-    entering = [0] * len(boxes)
+    waiting = [0] * len(boxes)
     for start, end in edges:
         followers[start].append(end)
-        entering[end] += 1
-    waiting = list(entering)
+        waiting[end] += 1
     ready = [index for index, count in enumerate(waiting) if count == 0]
     done: list[int] = []
     while ready:
@@ -86,7 +88,7 @@ def _assign_ranks(boxes: list[Box], edges: Sequence[tuple[int, int]]) -> None:
     if len(done) != len(boxes):
         raise ValueError("the graph has a cycle")
     for index in reversed(done):
-        if followers[index] and entering[index] <= len(followers[index]):
+        if followers[index]:
             boxes[index].rank = min(boxes[follower].rank for follower in followers[index]) - 1
 
 
@@ -97,7 +99,7 @@ def _insert_dummies(boxes: list[Box], start: int, end: int) -> list[int]:
         boxes.append(Box(_DUMMY_WIDTH, 0.0, rank=rank))
         chain.append(len(boxes) - 1)
     chain.append(end)
-    for upper, lower in zip(chain, chain[1:], strict=False):
+    for upper, lower in pairwise(chain):
         boxes[upper].below.append(lower)
         boxes[lower].above.append(upper)
     return chain
@@ -173,5 +175,6 @@ def _right(boxes: list[Box], block: list[tuple[int, float]]) -> float:
 
 def _path(boxes: list[Box], chain: list[int]) -> tuple[tuple[float, float], ...]:
     first, last = boxes[chain[0]], boxes[chain[-1]]
-    middle = ((boxes[index].x, boxes[index].y) for index in chain[1:-1])
+    dummies = [boxes[index] for index in chain[1:-1]]
+    middle = [point for box in dummies for point in ((box.x, box.y), (box.x, box.y + box.height))]
     return ((first.x, first.y + first.height), *middle, (last.x, last.y))

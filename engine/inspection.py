@@ -261,4 +261,3 @@ def _tensor(value: ir.Value) -> TensorSummary:
     dims = value.shape if value.shape is not None else ()
     shape = tuple(dim if isinstance(dim, int) else (dim.value or "?") for dim in dims)
     return TensorSummary(value.name or "", _type_name(value.dtype) if value.dtype is not None else "?", shape)
-

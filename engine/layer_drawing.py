@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from qwenforge.errors import BundleError
 _CHARACTER = 6.6
 _LINE = 14.0
 _MARGIN = 8.0
-_MAX_TEXT = 34
+_MAX_TEXT = 52
 _MANY_READERS = 3
 _PARAMETER = re.compile(r"\.(?:weight|bias|gate_up_proj|down_proj|gate_up|down)$")
 
@@ -33,7 +34,7 @@ class DrawnNode:
 
 
 def nodes_of_graph(nodes: Iterable[ir.Node]) -> list[DrawnNode]:
-    """The ``nodes`` of a graph to draw; initializers become the node's weights, small unnamed constants are left out."""
+    """The ``nodes`` of a graph to draw; initializers become their node's weights, constants without a path vanish."""
     drawn = []
     for node in nodes:
         inputs = [value for value in node.inputs if value is not None and value.name]
@@ -121,10 +122,8 @@ def _box(box: Box, lines: list[str], style: str) -> str:
         f"{escape(line)}</text>"
         for row, line in enumerate(lines)
     )
-    rectangle = (
-        f'<rect x="{box.x - box.width / 2:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" rx="4"/>'
-    )
-    return f'<g class="{style}">{rectangle}{rows}</g>'
+    place = f'x="{box.x - box.width / 2:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"'
+    return f'<g class="{style}"><rect {place} rx="4"/>{rows}</g>'
 
 
 def _style(operator: str) -> str:
@@ -135,7 +134,7 @@ def _style(operator: str) -> str:
 def _curve(points: Sequence[tuple[float, float]]) -> str:
     """A smooth path through ``points``, vertical at each of them."""
     text = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         middle = (y0 + y1) / 2
         text += f"C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}"
     return text

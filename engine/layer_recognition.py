@@ -8,7 +8,7 @@ belongs to it too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -77,9 +77,9 @@ def _layer_touched(node: ir.Node, cache_inputs: set[ir.Value], cache_outputs: se
         return None
     for value in node.inputs:
         # A tensor shared by several nodes may carry the name of the layer that happened to come first.
-        if value is not None and value.is_initializer() and len(value.consumers()) == 1:
-            if (layer := layer_in_name(value.name)) is not None:
-                return layer
+        own = value is not None and value.is_initializer() and len(value.consumers()) == 1
+        if value is not None and own and (layer := layer_in_name(value.name)) is not None:
+            return layer
     touched = [value for value in node.inputs if value in cache_inputs]
     touched += [value for value in node.outputs if value in cache_outputs]
     for value in touched:
@@ -92,11 +92,16 @@ def _fill_between(nodes: list[ir.Node], seeds: Mapping[ir.Node, int]) -> dict[ir
     """Add the nodes on a path from a layer's node to one of the same or a later layer: they go with the first."""
     after: dict[ir.Node, int] = {}
     for node in nodes:
-        _settle(after, node, seeds, max, (value.producer() for value in node.inputs if value is not None))
+        makers = (value.producer() for value in node.inputs if value is not None)
+        found = [after[maker] for maker in makers if maker is not None and maker in after]
+        if node in seeds or found:
+            after[node] = seeds[node] if node in seeds else max(found)
     before: dict[ir.Node, int] = {}
     for node in reversed(nodes):
-        users = (consumer for value in node.outputs for consumer, _ in value.uses())
-        _settle(before, node, seeds, min, users)
+        users = (user for value in node.outputs for user, _ in value.uses())
+        found = [before[user] for user in users if user in before]
+        if node in seeds or found:
+            before[node] = seeds[node] if node in seeds else min(found)
     layers: dict[ir.Node, int] = {}
     for node in nodes:
         if node in seeds:
@@ -104,16 +109,3 @@ def _fill_between(nodes: list[ir.Node], seeds: Mapping[ir.Node, int]) -> dict[ir
         elif node in after and node in before and before[node] >= after[node]:
             layers[node] = after[node]
     return layers
-
-
-def _settle(
-    known: dict[ir.Node, int],
-    node: ir.Node,
-    seeds: Mapping[ir.Node, int],
-    choose: type[max] | type[min],  # type: ignore[valid-type]
-    neighbours: Iterable[ir.Node | None],
-) -> None:
-    if node in seeds:
-        known[node] = seeds[node]
-    elif layers := [known[neighbour] for neighbour in neighbours if neighbour is not None and neighbour in known]:
-        known[node] = choose(layers)

@@ -1,4 +1,4 @@
-"""What an initializer is for (embedding, attention, experts...), told by its name, its user's name, or its user's kind."""
+"""What an initializer is for (embedding, attention, experts...), told by its name, or its user's name or kind."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def weight_kind(value: ir.Value) -> str:
     """One of :data:`KINDS` for the initializer ``value``."""
     users = [node for node, _ in value.uses()]
     # A tied matrix is stored once, often under the head's name: what it is looked up for is the embedding.
-    if any(node.op_type in ("Gather", "GatherBlockQuantized") and node.inputs[0] is value for node in users):
-        if value.shape is not None and len(value.shape) == 2 and _is_numeric_weight(value):
-            return "embedding"
+    gathered = any(node.op_type in ("Gather", "GatherBlockQuantized") and node.inputs[0] is value for node in users)
+    if gathered and value.shape is not None and len(value.shape) == 2 and _is_numeric_weight(value):
+        return "embedding"
     if kind := _kind_in_name(value.name):
         return kind
     if _is_small(value):

@@ -62,7 +62,7 @@ def print_latencies(measured: dict[str, Any]) -> None:
     )
     for heading in ("checkpoint", "engine"):
         table.add_column(heading)
-    for heading in ("TTFT ms", "ITL p50 ms", "tokens/s", "peak RSS MB", "qwenforge's speed-up"):
+    for heading in ("TTFT ms", "ITL p50 ms", "tokens/s", "peak RSS MB", "decode speed-up"):
         table.add_column(heading, justify="right")
     for name, report in measured.items():
         first = report["subjects"][0]
@@ -78,7 +78,10 @@ def print_latencies(measured: dict[str, Any]) -> None:
                 "" if subject is first else f"{speed_up:.1f}x",
             )
         table.add_section()
-    Console().print(table)
+    console = Console()
+    # Nothing is cut off where the output is not a terminal (80 columns) or a narrow one.
+    console.width = max(console.width, 110)
+    console.print(table)
 
 
 if __name__ == "__main__":

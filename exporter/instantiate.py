@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.exporter.checkpoint import Checkpoint
+from qwenforge.exporter.checkpoint import Checkpoint, CheckpointTensor
 from qwenforge.exporter.trace import TracedModel
 from qwenforge.exporter.weights import substitute
 
@@ -200,10 +200,9 @@ class _Copier:
         source = f"model.layers.{self._representative[template]}."
 
         def exchange(leaf: ir.TensorProtocol) -> ir.TensorProtocol:
-            name = leaf.name or ""
-            if not name.startswith(source):
+            if not isinstance(leaf, CheckpointTensor) or not leaf.checkpoint_name.startswith(source):
                 return leaf
-            return self._checkpoint.tensor(f"model.layers.{layer}.{name.removeprefix(source)}")
+            return self._checkpoint.tensor(f"model.layers.{layer}.{leaf.checkpoint_name.removeprefix(source)}")
 
         return substitute(tensor, exchange)
 

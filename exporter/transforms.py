@@ -51,7 +51,8 @@ class Transpose(Transform):
         return tuple(source[axis] for axis in self.perm)
 
     def apply(self, sources: Sequence[Array]) -> Array:
-        return sources[0].transpose(self.perm)
+        transposed: Array = sources[0].transpose(self.perm)
+        return transposed
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class Interleave(Transform):
     def apply(self, sources: Sequence[Array]) -> Array:
         (source,) = sources
         split = source.reshape(*source.shape[: self.axis], 2, -1, *source.shape[self.axis + 1 :])
-        return split.swapaxes(self.axis, self.axis + 1).reshape(source.shape)
+        alternated: Array = split.swapaxes(self.axis, self.axis + 1).reshape(source.shape)
+        return alternated
 
 
 @dataclass(frozen=True)

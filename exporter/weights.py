@@ -139,25 +139,27 @@ def transpose(tensor: ir.TensorProtocol, perm: Sequence[int] | None = None) -> i
             return concat([transpose(source, order) for source in tensor.sources], order.index(inner.axis))
         if isinstance(inner, Stack) and inner.axis == 0 and order[0] == 0:
             return stack([transpose(source, [axis - 1 for axis in order[1:]]) for source in tensor.sources], 0)
-    if [d for d in shape if d != 1] == [dims(tensor)[axis] for axis in sorted(order) if dims(tensor)[axis] != 1]:
-        moved = [axis for axis in order if dims(tensor)[axis] != 1]
-        if moved == sorted(moved):  # only axes of size 1 moved: the bytes stay where they are
-            return reshape(tensor, shape)
+    moved = [axis for axis in order if dims(tensor)[axis] != 1]
+    if moved == sorted(moved):  # only axes of size 1 change places: the bytes stay where they are
+        return reshape(tensor, shape)
     return DerivedTensor(Transpose(order), [tensor])
 
 
 def concat(tensors: Sequence[ir.TensorProtocol], axis: int) -> ir.TensorProtocol:
-    """``tensors`` joined along an existing axis (negative counts from the end)."""
+    """``tensors`` joined along an existing axis (negative counts from the end).
+
+    Tensors of different floating-point dtypes are widened to float32, which is exact.
+    """
     if len(tensors) == 1:
         return tensors[0]
     axis %= len(dims(tensors[0]))
-    return _hoist_cast(tensors, lambda sources: DerivedTensor(Concat(axis), sources))
+    return _hoist_cast(_alike(tensors), lambda sources: DerivedTensor(Concat(axis), sources))
 
 
 def stack(tensors: Sequence[ir.TensorProtocol], axis: int = 0) -> ir.TensorProtocol:
-    """``tensors`` of one shape joined along a new axis."""
+    """``tensors`` of one shape joined along a new axis; dtypes as for :func:`concat`."""
     axis %= len(dims(tensors[0])) + 1
-    return _hoist_cast(tensors, lambda sources: DerivedTensor(Stack(axis), sources))
+    return _hoist_cast(_alike(tensors), lambda sources: DerivedTensor(Stack(axis), sources))
 
 
 def reshape(tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.TensorProtocol:
@@ -235,10 +237,16 @@ def leaves(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
 def substitute(
     tensor: ir.TensorProtocol, function: Callable[[ir.TensorProtocol], ir.TensorProtocol]
 ) -> ir.TensorProtocol:
-    """The same plan over other leaves: each leaf is replaced by ``function(leaf)``."""
+    """The same plan over other leaves: each leaf is replaced by ``function(leaf)``; the result keeps its dtype."""
+    return cast(_substitute(tensor, function), tensor.dtype)
+
+
+def _substitute(
+    tensor: ir.TensorProtocol, function: Callable[[ir.TensorProtocol], ir.TensorProtocol]
+) -> ir.TensorProtocol:
     if not isinstance(tensor, DerivedTensor):
         return function(tensor)
-    sources = [substitute(source, function) for source in tensor.sources]
+    sources = [_substitute(source, function) for source in tensor.sources]
     match tensor.transform:
         case Transpose(perm):
             return transpose(sources[0], perm)
@@ -334,6 +342,14 @@ def _split(array: Array) -> Iterator[Array]:
         return
     for start in range(0, len(array), rows):
         yield np.array(array[start : start + rows], order="C", copy=True).reshape(-1)
+
+
+def _alike(tensors: Sequence[ir.TensorProtocol]) -> Sequence[ir.TensorProtocol]:
+    """``tensors`` widened to float32 when their floating-point dtypes differ."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 and dtypes <= {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}:
+        return [cast(tensor, ir.DataType.FLOAT) for tensor in tensors]
+    return tensors
 
 
 def _hoist_cast(

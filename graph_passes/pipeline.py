@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from qwenforge.errors import GraphError, UserError
 from qwenforge.graph_passes.infra import FusionPass
+
+if TYPE_CHECKING:
+    from qwenforge.graph_passes.scenario import Skipped
+    from qwenforge.graph_passes.verify import Verifier
 
 OPSET = 24
 OLDEST_OPSET = 18
@@ -45,10 +50,11 @@ class Step:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """The rewritten model and the story of its rules."""
+    """The rewritten model, the story of its rules and the scenarios that verification could not run."""
 
     model: ir.Model
     steps: list[Step] = field(default_factory=list)
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def refused(self) -> list[Step]:
@@ -75,12 +81,13 @@ def portable_rules(positions: int) -> list[FusionPass]:
 
     return [
         BatchSizeFromTokens(),
-        FoldWeightTransforms(),
         GemmToMatMul(),
+        # Before weights are folded: sorted experts are told by the Split of their stacked weights.
+        FuseMixtureOfExperts(),
+        FoldWeightTransforms(),
         FuseRMSNorm(),
         FuseRotaryEmbedding(positions),
         FuseGroupedQueryAttention(),
-        FuseMixtureOfExperts(),
         FuseSwiGLU(),
         SelectLogits(),
         PortableSignature(),
@@ -134,10 +141,10 @@ def optimize(
             progress(rule.name)
         current, step = _apply(rule, current, verifier)
         steps.append(step)
-    return PipelineResult(current, steps)
+    return PipelineResult(current, steps, tuple(verifier.skipped) if verifier is not None else ())
 
 
-def _apply(rule: FusionPass, current: ir.Model, verifier: object | None) -> tuple[ir.Model, Step]:
+def _apply(rule: FusionPass, current: ir.Model, verifier: Verifier | None) -> tuple[ir.Model, Step]:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     before = current.graph.num_nodes()
@@ -153,7 +160,7 @@ def _apply(rule: FusionPass, current: ir.Model, verifier: object | None) -> tupl
     reason = "; ".join(dict.fromkeys(rule.failures))
     if verifier is None:
         return candidate, Step(rule.name, rule.matches, before, after, reason=reason)
-    outcome = verifier.check(candidate)  # type: ignore[attr-defined]
+    outcome = verifier.check(candidate)
     if not outcome.ok:
         return current, Step(rule.name, rule.matches, before, before, outcome.error, False, outcome.summary())
     return candidate, Step(rule.name, rule.matches, before, after, outcome.error, True, reason)

@@ -45,8 +45,7 @@ COMPILED = {
 }
 # Withheld from training altogether; in every Python since 3.10, and without a twin elsewhere in the library.
 HELD_OUT_MODULES = frozenset(
-    "bisect calendar colorsys fnmatch graphlib heapq pprint sched shelve statistics string textwrap wave "
-    "zipapp".split()
+    "bisect calendar colorsys fnmatch graphlib heapq pprint sched shelve statistics string textwrap wave zipapp".split()
 )
 HELD_OUT_TOPIC_SHARE = 16  # one topic of the language reference in this many is held out
 HELD_OUT_BYTES = 60_000
@@ -146,7 +145,7 @@ def _compiled_entries() -> Iterator[Entry]:
         module = importlib.import_module(module_name)
         public = prefix.rstrip(".") or module_name
         for name, value in sorted(vars(module).items()):
-            if name.startswith("_") or isinstance(value, type) and issubclass(value, BaseException):
+            if name.startswith("_") or (isinstance(value, type) and issubclass(value, BaseException)):
                 continue
             if callable(value):
                 yield from _object_entry(f"{prefix}{name}", value, public)

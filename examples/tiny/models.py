@@ -9,16 +9,15 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from tiny.tokenizer import CHAT_END, END_OF_TEXT
+from tiny.tokenizer import CHAT_END, END_OF_TEXT, token_id
 
 MAX_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One checkpoint: its folder's name, how its model is made, trained (``learning_rate``) and cut into files."""
+    """How one model is made, trained (``learning_rate``) and cut into files."""
 
-    folder: str
     build: Callable[[Tokenizer], PreTrainedModel]
     learning_rate: float
     shard_size: str
@@ -37,8 +36,8 @@ def build_dense(tokenizer: Tokenizer) -> PreTrainedModel:
         max_window_layers=3,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
-        eos_token_id=tokenizer.token_to_id(CHAT_END),
+        bos_token_id=token_id(tokenizer, END_OF_TEXT),
+        eos_token_id=token_id(tokenizer, CHAT_END),
     )
     return Qwen2ForCausalLM(config)
 
@@ -64,8 +63,8 @@ def build_moe(tokenizer: Tokenizer) -> PreTrainedModel:
         max_window_layers=3,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.token_to_id(END_OF_TEXT),
-        eos_token_id=tokenizer.token_to_id(CHAT_END),
+        bos_token_id=token_id(tokenizer, END_OF_TEXT),
+        eos_token_id=token_id(tokenizer, CHAT_END),
     )
     model = Qwen2MoeForCausalLM(config)
     # A loop over experts is the fastest of transformers' implementations on a CPU at this size.
@@ -74,8 +73,8 @@ def build_moe(tokenizer: Tokenizer) -> PreTrainedModel:
 
 
 RECIPES = {
-    "dense": Recipe("tiny-qwen2", build_dense, learning_rate=2e-3, shard_size="8MB"),
-    "moe": Recipe("tiny-qwen2-moe", build_moe, learning_rate=2e-3, shard_size="4MB"),
+    "dense": Recipe(build_dense, learning_rate=2e-3, shard_size="8MB"),
+    "moe": Recipe(build_moe, learning_rate=2e-3, shard_size="4MB"),
 }
 
 

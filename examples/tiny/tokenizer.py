@@ -40,10 +40,18 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     return tokenizer
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of ``token``; raises KeyError if the vocabulary lacks it."""
+    identifier = tokenizer.token_to_id(token)
+    if identifier is None:
+        raise KeyError(token)
+    return identifier
+
+
 def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     """The ``tokenizer_config.json`` of a Qwen2 instruct checkpoint, with this tokenizer's ids."""
     added = {
-        str(tokenizer.token_to_id(token)): {
+        str(token_id(tokenizer, token)): {
             "content": token,
             "lstrip": False,
             "normalized": False,

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tiny.chat import CHAT_TEMPLATE
 from tiny.models import MAX_POSITIONS
-from tiny.tokenizer import CHAT_END, END_OF_TEXT, tokenizer_config
+from tiny.tokenizer import CHAT_END, END_OF_TEXT, token_id, tokenizer_config
 
 
 def write_checkpoint(
@@ -30,10 +30,10 @@ def write_checkpoint(
         raise FileExistsError(folder)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        end_of_text = token_id(tokenizer, END_OF_TEXT)
         model.generation_config = GenerationConfig(
             bos_token_id=end_of_text,
-            eos_token_id=[tokenizer.token_to_id(CHAT_END), end_of_text],
+            eos_token_id=[token_id(tokenizer, CHAT_END), end_of_text],
             pad_token_id=end_of_text,
             do_sample=False,
         )
@@ -49,13 +49,6 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(unfinished)
         raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``path`` whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -153,10 +153,27 @@ class FuseRotaryEmbedding(FusionPass):
             halves.append(np.ascontiguousarray(full[:, :half]))
         positions = _position_ids(model, source)
         cos, sin = (
-            add_initializer(model, name, ir.tensor(half, name=name))
-            for name, half in zip(("rope.cos_cache", "rope.sin_cache"), halves, strict=True)
+            self._table(model, name, half, value)
+            for name, half, value in zip(
+                ("rope.cos_cache", "rope.sin_cache"), halves, (rotation.cos, rotation.sin), strict=True
+            )
         )
         return Tables(cos, sin, positions)
+
+    def _table(
+        self, model: ir.Model, name: str, half: npt.NDArray[np.generic], value: ir.Value
+    ) -> ir.Value:
+        """The table as an initializer, behind the same cast to 16 bits as the graph's own cos or sin, if any."""
+        table = add_initializer(model, name, ir.tensor(half, name=name))
+        cast = is_op(_table_root(value), "Cast")
+        if cast is None:
+            return table
+        node = tag(ir.node("Cast", [table], {"to": cast.attributes["to"].as_int()}, name=f"{table.name}.cast"), self.name)
+        output = node.outputs[0]
+        output.name = f"{table.name}.typed"
+        output.shape, output.type = table.shape, _table_root(value).type
+        model.graph.insert_before(model.graph[0], node)
+        return output
 
     def _tables_at(
         self,
@@ -166,7 +183,7 @@ class FuseRotaryEmbedding(FusionPass):
         positions: npt.NDArray[np.int64],
         opset: int,
     ) -> list[npt.NDArray[np.generic]]:
-        values = [rotation.cos, rotation.sin]
+        values = [_uncast(_table_root(value)) for value in (rotation.cos, rotation.sin)]
         fed = {source: _shaped_like(source, positions)}
         needed = leaves(ancestors(values, [source]), values)
         fed |= input_feeds(model, Probe(1, 0, len(positions)), [leaf for leaf in needed if leaf is not source])
@@ -215,6 +232,12 @@ def _halves(lower: ir.Value | None, upper: ir.Value | None) -> ir.Value | None:
 def _table_root(value: ir.Value) -> ir.Value:
     """The table below its Unsqueeze, so that every layer's own Unsqueeze leads to one table."""
     node = is_op(value, "Unsqueeze")
+    return node.inputs[0] if node is not None and node.inputs[0] is not None else value
+
+
+def _uncast(value: ir.Value) -> ir.Value:
+    """The fp32 table behind a cast to 16 bits."""
+    node = is_op(value, "Cast")
     return node.inputs[0] if node is not None and node.inputs[0] is not None else value
 
 

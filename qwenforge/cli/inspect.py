@@ -22,8 +22,8 @@ class InspectCommand(Command):
     name = "inspect"
     help = "show what is in a bundle or an ONNX model"
     description = (
-        "Show which operators a model consists of, what is fused, parameters and bytes by kind, and every layer. Works on "
-        "any ONNX model; of a bundle it also checks the files and shows the manifest. Weights are not loaded."
+        "Show which operators a model consists of, what is fused, parameters and bytes by kind, and every layer. Works "
+        "on any ONNX model; of a bundle it also checks the files and shows the manifest. Weights are not loaded."
     )
     example = "qwenforge inspect ./tiny-bundle --html tiny.html"
 
@@ -34,7 +34,7 @@ class InspectCommand(Command):
             "--verify",
             choices=("quick", "full"),
             default="quick",
-            help="how to check a bundle: sizes, hashes of small files and samples of large ones (default), or every byte",
+            help="how to check a bundle: hashes of small files and of samples of large ones (default), or every byte",
         )
         parser.add_argument("--html", metavar="F", type=Path, help="also write one self-contained page, with pictures")
         add_json(parser)
@@ -104,7 +104,7 @@ def _print_text(report: Inspection, bundle: Bundle | None, args: argparse.Namesp
     from rich.markup import escape
     from rich.table import Table
 
-    from qwenforge.engine.inspection_html import bundle_facts
+    from qwenforge.engine.bundle_summary import summarize_bundle
     from qwenforge.engine.units import quantity, size, thousands
 
     console = Console(highlight=False)
@@ -118,12 +118,14 @@ def _print_text(report: Inspection, bundle: Bundle | None, args: argparse.Namesp
         console.print(table)
 
     opsets = ", ".join(f"{domain} {version}" for domain, version in report.opsets.items())
-    console.print(f"[bold]{escape(report.name)}[/]: {quantity(report.parameters)} parameters, {size(report.bytes)}; {opsets}")
+    console.print(
+        f"[bold]{escape(report.name)}[/]: {quantity(report.parameters)} parameters, {size(report.bytes)}; {opsets}"
+    )
     outside = f", {report.nodes_outside_layers} outside the layers" if report.layers else "; no layers recognized"
     console.print(f"{report.nodes} nodes, {len(report.layers)} layers{outside}")
     if bundle is not None:
         console.print(f"files checked ({args.verify}): whole")
-        rows = [[title, name, value] for title, group in bundle_facts(bundle.manifest) for name, value in group]
+        rows = [[title, name, value] for title, group in summarize_bundle(bundle.manifest) for name, value in group]
         show("Bundle", ["part", "", "value"], rows, set())
     show(
         "What is fused",
@@ -131,6 +133,8 @@ def _print_text(report: Inspection, bundle: Bundle | None, args: argparse.Namesp
         [[group, str(count)] for group, count in report.fused.items() if count],
         {"operators"},
     )
+    for name, count in report.functions.items():
+        console.print(f"function {escape(name)}: {count} nodes")
     for sentence in report.not_fused:
         console.print(f"[yellow]not fused:[/] {escape(sentence)}")
     show(

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.bundle_builder import bundle_facts, edit_manifest, reference_logits, write_bundle
 
 from qwenforge.bundle import Bundle, BundleWriter, ReferenceLogits
 from qwenforge.digests import QUICK_LIMIT, header_sha256, sampled_sha256
 from qwenforge.errors import BundleError
 from qwenforge.manifest import Verification
+from support.bundle_builder import bundle_facts, edit_manifest, reference_logits, write_bundle
 
 Damage = Callable[[Path], Any]
 
@@ -56,7 +56,8 @@ def forge(edit: Callable[[dict[str, Any]], Any]) -> Damage:
 def put(path: str, value: Any) -> Damage:
     """Forge the field at the dotted ``path``; ``...`` deletes it."""
 
-    def edit(fields: dict[str, Any]) -> None:
+    def edit(manifest: dict[str, Any]) -> None:
+        fields: Any = manifest
         *parents, last = path.split("/")
         for parent in parents:
             fields = fields[int(parent)] if isinstance(fields, list) else fields[parent]

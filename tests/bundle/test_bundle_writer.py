@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.bundle_builder import bundle_facts, reference_logits, write_bundle
 
 from qwenforge import atomic_folder
 from qwenforge.bundle import Bundle, BundleWriter
 from qwenforge.errors import BundleError
+from support.bundle_builder import bundle_facts, reference_logits, write_bundle
 
 TESTS = Path(__file__).parents[1]
 
@@ -72,9 +72,14 @@ def test_commit_into_an_empty_folder_and_through_a_link(tmp_path: Path) -> None:
 
 def test_leaving_without_commit_leaves_the_old_bundle(tmp_path: Path) -> None:
     write_bundle(tmp_path / "out", model=b"old")
-    with pytest.raises(RuntimeError, match="bound missed"), BundleWriter(tmp_path / "out") as writer:
-        writer.add_text("model.onnx", "new")
-        raise RuntimeError("bound missed")
+
+    def fail_halfway() -> None:
+        with BundleWriter(tmp_path / "out") as writer:
+            writer.add_text("model.onnx", "new")
+            raise RuntimeError("bound missed")
+
+    with pytest.raises(RuntimeError, match="bound missed"):
+        fail_halfway()
     assert Bundle.open(tmp_path / "out").model_path.read_bytes() == b"old"
     assert listing(tmp_path) == ["out"]
 
@@ -109,11 +114,12 @@ def test_foreign_output_is_refused_and_kept(tmp_path: Path, make: object, reason
 
 def test_output_filled_by_somebody_meanwhile_is_refused_and_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(BundleError, match="is not a bundle"), BundleWriter(out) as writer:
+    with BundleWriter(out) as writer:
         writer.add_text("model.onnx", "new")
         out.mkdir()
         (out / "thesis.txt").write_text("mine")
-        writer.commit(bundle_facts())
+        with pytest.raises(BundleError, match="is not a bundle"):
+            writer.commit(bundle_facts())
     assert listing(tmp_path) == ["out"]
     assert listing(out) == ["thesis.txt"]
 

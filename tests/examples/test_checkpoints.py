@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "examples" / "checkpoints"
 NAMES = ("tiny-qwen2", "tiny-qwen2-moe")
@@ -30,9 +30,12 @@ def read_json(name: str, file: str) -> dict[str, Any]:
     return content
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=dtype)
-    return model.eval()
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=dtype).eval()
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    return Tokenizer.from_file(str(CHECKPOINTS / name / "tokenizer.json"))
 
 
 def read_held_out() -> str:
@@ -92,7 +95,11 @@ def test_moe_experts_are_stored_one_by_one_as_in_the_official_checkpoints() -> N
     config = read_json("tiny-qwen2-moe", "config.json")
     tensors = stored_tensors("tiny-qwen2-moe")
     intermediate, hidden = config["moe_intermediate_size"], config["hidden_size"]
-    shapes = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
+    shapes = {
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
     for layer in range(config["num_hidden_layers"]):
         for expert in range(config["num_experts"]):
             for projection, shape in shapes.items():
@@ -133,7 +140,7 @@ def test_transformers_loads_every_stored_value_unchanged(name: str) -> None:
 
 
 def test_every_expert_is_used_on_held_out_text() -> None:
-    tokens = torch.tensor([Tokenizer.from_file(str(CHECKPOINTS / NAMES[1] / "tokenizer.json")).encode(read_held_out()).ids])
+    tokens = torch.tensor([load_tokenizer("tiny-qwen2-moe").encode(read_held_out()).ids])
     with torch.no_grad():
         output = load_model("tiny-qwen2-moe")(input_ids=tokens[:, :1024], output_router_logits=True)
     for layer, router_logits in enumerate(output.router_logits):
@@ -143,7 +150,7 @@ def test_every_expert_is_used_on_held_out_text() -> None:
 
 @each_checkpoint
 def test_tokenizer_round_trips_text_and_keeps_special_tokens_whole(name: str) -> None:
-    tokenizer = Tokenizer.from_file(str(CHECKPOINTS / name / "tokenizer.json"))
+    tokenizer = load_tokenizer(name)
     texts = ["", " ", "def f(x):\n    return x ** 2\n\n\n", "naïve café, 東京 🙂 \t\x00\r\n", read_held_out()]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
@@ -156,7 +163,7 @@ def test_tokenizer_round_trips_text_and_keeps_special_tokens_whole(name: str) ->
 
 @each_checkpoint
 def test_tokenizer_of_transformers_agrees_with_the_file(name: str) -> None:
-    tokenizer = Tokenizer.from_file(str(CHECKPOINTS / name / "tokenizer.json"))
+    tokenizer = load_tokenizer(name)
     loaded = AutoTokenizer.from_pretrained(CHECKPOINTS / name)
     text = read_held_out() + "<|im_start|>user\nnaïve 12 x<|im_end|>\n"
     assert loaded(text).input_ids == tokenizer.encode(text).ids
@@ -183,7 +190,7 @@ def test_held_out_perplexity_is_under_a_third_of_the_unigram_models(name: str) -
     assert len(text.encode()) <= 64 * 1024
     report = read_json(name, "training_report.json")
     assert hashlib.sha256(text.encode()).hexdigest() == report["held_out_sha256"]
-    ids = Tokenizer.from_file(str(CHECKPOINTS / name / "tokenizer.json")).encode(text).ids
+    ids = load_tokenizer(name).encode(text).ids
     windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
     scored = windows[:, 1:]
 
@@ -211,10 +218,11 @@ def test_readme_states_the_recorded_perplexities(name: str) -> None:
 
 @each_checkpoint
 def test_greedy_answer_to_a_trained_question_ends_by_itself(name: str) -> None:
-    model = load_model(name)
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / name)
+    tokenizer = load_tokenizer(name)
+    source = (CHECKPOINTS / name / "chat_template.jinja").read_text(encoding="utf-8")
     messages = [{"role": "user", "content": "Hello"}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**prompt, max_new_tokens=40)[0, prompt["input_ids"].shape[1] :]
-    assert output[-1] == tokenizer.eos_token_id
+    prompt = jinja2.Environment().from_string(source).render(messages=messages, add_generation_prompt=True)
+    tokens = torch.tensor([tokenizer.encode(prompt).ids])
+    output = load_model(name).generate(tokens, max_new_tokens=40)[0, tokens.shape[1] :].tolist()
+    assert output[-1] == tokenizer.token_to_id("<|im_end|>")
     assert "Python" in tokenizer.decode(output)

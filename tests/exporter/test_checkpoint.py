@@ -289,8 +289,18 @@ def test_experts_stored_in_two_ways_are_refused(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "qwen2_moe", tokenizer=False)
     extra = np.zeros((6, 96, 64), np.float32)
     rewrite(folder, lambda arrays: arrays.update({"model.layers.0.mlp.experts.gate_up_proj": extra}))
-    with pytest.raises(CheckpointError, match="lacks tensor 'model.layers.0.mlp.experts.down_proj'"):
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'model.layers.0.mlp.experts.down_proj'"):
         Checkpoint.open(folder)
+
+
+def test_experts_of_different_dtypes_are_stacked_in_float32(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "qwen3_moe", tokenizer=False)
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    rewrite(folder, lambda arrays: arrays.update({name: arrays[name].astype(np.float16)}))
+    checkpoint = Checkpoint.open(folder)
+    stacked = checkpoint.state_tensor("model.layers.0.mlp.experts.gate_up_proj").numpy()
+    assert stacked.dtype == np.float32
+    np.testing.assert_array_equal(stacked[1, 48:], checkpoint.tensor(name).numpy().astype(np.float32))
 
 
 def test_missing_expert_is_refused_by_name(tmp_path: Path) -> None:
@@ -338,7 +348,8 @@ INDEX_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bad JSON": (lambda f: (f / INDEX).write_text("{"), "cannot be read as JSON"),
     "no object": (lambda f: (f / INDEX).write_text("[]"), "must hold a JSON object"),
     "LFS pointer shard": (
-        lambda f: (f / SHARD).write_text("version https://git-lfs.github.com/spec/v1\n"), f"{SHARD} is a Git LFS pointer"
+        lambda f: (f / SHARD).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        f"{SHARD} is a Git LFS pointer",
     ),
     "no index": (lambda f: (f / INDEX).unlink(), "download the index too"),
 }  # fmt: skip

@@ -229,7 +229,7 @@ def test_load_model_refuses_what_is_no_model_and_data_outside(tmp_path: Path, bu
     (tmp_path / "secret").write_bytes(b"\0" * 4096)
     outside = ir.ExternalTensor("../secret", 0, 4096, FLOAT, shape=ir.Shape([1024]), name="w", base_dir=bundle)
     ir.save(model_returning({"w": outside}), bundle / "model.onnx")
-    with pytest.raises(GraphError, match="'w' is at '../secret', outside the model's folder"):
+    with pytest.raises(GraphError, match=r"'w' is at '../secret', outside the model's folder"):
         load_model(bundle / "model.onnx")
 
 

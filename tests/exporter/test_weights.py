@@ -175,7 +175,7 @@ def test_lossy_cast_chain_is_kept(stored: Stored) -> None:
         lambda a, b: reshape(a, (7, 9)),
         lambda a, b: slice_(a, 0, 2, 99),
         lambda a, b: interleave_rows(b),
-        lambda a, b: concat([a, cast(a, FLOAT)], 0),
+        lambda a, b: concat([a, ir.tensor(np.zeros((6, 10), np.int64))], 0),
         lambda a, b: stack([]),
     ],
 )
@@ -197,6 +197,17 @@ def test_substitute_exchanges_leaves(stored: Stored) -> None:
     assert_same(exchanged, np.concatenate([c, c])[order].astype(np.float32))
     assert plan_key(exchanged) == plan_key(interleave_rows(concat([cast(tc, FLOAT), cast(tc, FLOAT)], 0)))
     assert plan_key(exchanged) != plan_key(plan)
+
+
+def test_mixed_dtypes_are_widened_exactly(stored: Stored) -> None:
+    a, ta = stored(6, 10)
+    b, tb = stored(6, 10, dtype=np.float32)
+    assert_same(concat([ta, tb], 0), np.concatenate([a.astype(np.float32), b]))
+    assert_same(stack([tb, ta]), np.stack([b, a.astype(np.float32)]))
+    assert_same(substitute(ta, lambda leaf: tb), b.astype(ml_dtypes.bfloat16))
+    merged = cast(concat([ta, ta], 0), FLOAT)
+    replacements = iter([ta, tb])
+    assert_same(substitute(merged, lambda leaf: next(replacements)), np.concatenate([a.astype(np.float32), b]))
 
 
 def test_streaming_holds_a_few_blocks_whatever_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

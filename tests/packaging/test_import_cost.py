@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from support.source_tree import module_names
 
 from qwenforge.cli.main import VERBS
+from support.source_tree import module_names
 
 HEAVY = ("onnxruntime", "onnxscript", "tensorrt", "torch", "transformers")
 IMPORT_SECONDS = 0.3

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
-import tomllib
+import re
 from collections.abc import Iterator
 
 import pytest
+
 from support.source_tree import ROOT, STAGES, python_files
 
 # The facade hands out what the stages make, and the command line puts the stages together.
@@ -67,6 +68,6 @@ def test_import_of_an_earlier_stage_is_allowed() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_linter_bans_every_later_stage(stage: str) -> None:
-    rules = tomllib.loads((ROOT / stage / "ruff.toml").read_text())["lint"]["flake8-tidy-imports"]["banned-api"]
+    banned = re.findall(r'^"(qwenforge\.\w+)"\.msg', (ROOT / stage / "ruff.toml").read_text(), re.MULTILINE)
     later = STAGES[STAGES.index(stage) + 1 :]
-    assert set(rules) == {f"qwenforge.{name}" for name in (*later, "cli")}
+    assert banned == [f"qwenforge.{name}" for name in (*later, "cli")]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
-from support.source_tree import ROOT
-
 import qwenforge
+from support.source_tree import ROOT
 
 
 def test_version_file_package_and_changelog_agree() -> None:

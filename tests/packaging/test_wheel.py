@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from support.source_tree import ROOT, STAGES, module_names, python_files
 
 
@@ -63,9 +64,7 @@ def test_every_module_of_the_wheel_imports_without_the_source_tree(wheel: Path, 
         f"for name in {module_names()}:\n"
         f"    assert import_module(name).__file__.startswith({str(tmp_path)!r}), name\n"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
 
 

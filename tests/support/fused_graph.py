@@ -1,4 +1,4 @@
-"""A graph as the ort-cpu lowering names and shapes it, without weights worth reading: for tests that only look at it."""
+"""A graph as the ort-cpu lowering names and shapes it, without weights worth reading: for tests that only look."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def fused_graph(kinds: Sequence[str]) -> ir.Model:
         qkv = build.add(f"{at}self_attn.qkv_proj", "MatMul", [h, packed])[0]
         attention = [qkv, None, None, *past, lengths, None, cos, sin]
         y = ir.Value(name=f"{at}self_attn.y")
-        build.add(
-            f"{at}self_attn", "GroupQueryAttention", attention, domain="com.microsoft", outputs=[y, *present]
-        )
-        o = build.add(f"{at}self_attn.o_proj", "MatMul", [y, build.weight(f"{at}self_attn.o_proj.weight", HEADS * D, C)])[0]
+        build.add(f"{at}self_attn", "GroupQueryAttention", attention, domain="com.microsoft", outputs=[y, *present])
+        o = build.add(
+            f"{at}self_attn.o_proj", "MatMul", [y, build.weight(f"{at}self_attn.o_proj.weight", HEADS * D, C)]
+        )[0]
         norm = build.weight(f"{at}post_attention_layernorm.weight", C)
         h, x = build.add(
             f"{at}post_attention_layernorm",
@@ -88,11 +88,15 @@ def fused_graph(kinds: Sequence[str]) -> ir.Model:
 
 
 def _dense(build: _Builder, at: str, x: ir.Value) -> ir.Value:
-    merged = build.add(f"{at}.gate_up_proj", "MatMul", [x, build.weight(f"{at}.gate_up_proj.weight", C, 2 * INTERMEDIATE)])
+    merged = build.add(
+        f"{at}.gate_up_proj", "MatMul", [x, build.weight(f"{at}.gate_up_proj.weight", C, 2 * INTERMEDIATE)]
+    )
     gate, up = build.add(f"{at}.split", "Split", merged, count=2)
     active = build.add(f"{at}.act", "QuickGelu", [gate], domain="com.microsoft")
     product = build.add(f"{at}.mul", "Mul", [*active, up])
-    return build.add(f"{at}.down_proj", "MatMul", [*product, build.weight(f"{at}.down_proj.weight", INTERMEDIATE, C)])[0]
+    return build.add(f"{at}.down_proj", "MatMul", [*product, build.weight(f"{at}.down_proj.weight", INTERMEDIATE, C)])[
+        0
+    ]
 
 
 def _experts(build: _Builder, at: str, x: ir.Value) -> ir.Value:
@@ -101,6 +105,8 @@ def _experts(build: _Builder, at: str, x: ir.Value) -> ir.Value:
     down = build.weight(f"{at}mlp.experts.down_proj", EXPERTS, C, INTERMEDIATE)
     routed = build.add(f"{at}mlp.experts", "MoE", [x, *router, gate_up, None, down], domain="com.microsoft")
     shared = _dense(build, f"{at}mlp.shared_expert", x)
-    gate = build.add(f"{at}mlp.shared_expert_gate", "MatMul", [x, build.weight(f"{at}mlp.shared_expert_gate.weight", C, 1)])
+    gate = build.add(
+        f"{at}mlp.shared_expert_gate", "MatMul", [x, build.weight(f"{at}mlp.shared_expert_gate.weight", C, 1)]
+    )
     weighted = build.add(f"{at}mlp.shared_mul", "Mul", [shared, *build.add(f"{at}mlp.sigmoid", "Sigmoid", gate)])
     return build.add(f"{at}mlp.sum", "Add", [*routed, *weighted])[0]

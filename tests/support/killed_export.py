@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.bundle_builder import write_bundle
-
 from qwenforge import atomic_folder
 from qwenforge.bundle import Bundle
 from qwenforge.errors import BundleError
+from support.bundle_builder import write_bundle
 
 EVENTS = ("open", "os.", "shutil.", "qwenforge.")
 

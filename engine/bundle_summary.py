@@ -1,0 +1,55 @@
+"""The manifest of a bundle as a reader wants it: a few titled tables of names and values."""
+
+from __future__ import annotations
+
+from qwenforge.engine.units import size, thousands
+from qwenforge.manifest import Manifest
+
+
+def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What a reader wants of the manifest: titled tables of names and values."""
+    source, model, limits = manifest.source, manifest.model, manifest.limits
+    heads = (
+        f"{model.num_attention_heads} for queries, {model.num_key_value_heads} for keys and values, of {model.head_dim}"
+    )
+    geometry = [("layers", str(model.num_hidden_layers)), ("hidden size", str(model.hidden_size)), ("heads", heads)]
+    if model.num_experts is not None:
+        geometry.append(("experts", f"{model.num_experts}, {model.num_experts_per_tok} per token"))
+    geometry.append(("vocabulary", thousands(model.vocab_size)))
+    files = [(name, size(record.bytes)) for name, record in manifest.files.items()]
+    files += [
+        (name, f"{size(record.bytes)}, shared with the checkpoint") for name, record in manifest.linked_files.items()
+    ]
+    return [
+        (
+            "export",
+            [
+                ("source", f"{source.path_name} ({source.model_type}, {source.dtype})"),
+                ("target", f"{manifest.target}, {manifest.dtype}"),
+                ("context", f"{thousands(limits.max_length)} tokens"),
+                ("batch", "any" if limits.max_batch is None else f"at most {limits.max_batch}"),
+                ("created", manifest.created),
+                ("by", f"qwenforge {manifest.qwenforge_version}"),
+            ],
+        ),
+        ("model", geometry),
+        ("verification", _verification(manifest)),
+        ("files", files),
+    ] + ([("tools", list(manifest.tool_versions.items()))] if manifest.tool_versions else [])
+
+
+def _verification(manifest: Manifest) -> list[tuple[str, str]]:
+    record = manifest.verification
+    if not record.performed:
+        return [("performed", "no (--no-verify)")]
+    rows: list[tuple[str, object]] = [
+        ("performed", f"yes, {record.method}"),
+        ("reference", record.reference),
+        ("prompts", record.prompts),
+        ("greedy tokens each", record.new_tokens),
+        ("greatest logit error", None if record.max_abs_error is None else f"{record.max_abs_error:.2g}"),
+        ("bound", None if record.bound is None else f"{record.bound:.2g}"),
+        ("KL divergence", None if record.kl is None else f"{record.kl:.2g} nats"),
+        ("greedy tokens agree", None if record.greedy_match is None else "yes" if record.greedy_match else "no"),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None]

@@ -1,0 +1,114 @@
+"""SwiGLU with one merged projection: ``silu(x Wg) * (x Wu)`` -> ``MatMul`` by [Wg | Wu], ``Split``, ``Swish``, ``Mul``.
+
+Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qwenforge.exporter import weights
+from qwenforge.graph_passes.infra import FusionPass, add_initializer, is_op, other_operand, static_dim, tag
+
+
+@dataclass(frozen=True)
+class GatedUnit:
+    """One matched unit: ``product = silu(gate) * up`` with gate and up projections of the same x."""
+
+    product: ir.Node
+    gate: ir.Node
+    up: ir.Node
+
+
+class FuseSwiGLU(FusionPass):
+    """Merge the gate and up projections of every SwiGLU, dense or shared expert."""
+
+    name: ClassVar[str] = "swiglu"
+
+    def run(self, model: ir.Model) -> None:
+        for node in list(model.graph):
+            if node.domain or node.op_type not in ("Sigmoid", "Swish"):
+                continue
+            unit = self._match(node)
+            if unit is not None:
+                self._rewrite(model, unit)
+
+    def _match(self, activation: ir.Node) -> GatedUnit | None:
+        gate_value = activation.inputs[0]
+        if activation.op_type == "Sigmoid":
+            silu = next((n for n, _ in activation.outputs[0].uses() if n.op_type == "Mul"), None)
+            if silu is None or gate_value is None or other_operand(silu, activation.outputs[0]) is not gate_value:
+                return None  # a gate by a sigmoid, not silu
+            activated = silu.outputs[0]
+            readers = {activation, silu}
+        else:
+            if "alpha" in activation.attributes and activation.attributes["alpha"].as_float() != 1.0:
+                self.fail("Swish with an alpha other than 1", activation)
+                return None
+            activated, readers = activation.outputs[0], {activation}
+        uses = [node for node, _ in activated.uses()]
+        if len(uses) != 1 or uses[0].op_type != "Mul":
+            self.fail("the activated gate is not multiplied by one up projection", activation)
+            return None
+        product = uses[0]
+        up_value = other_operand(product, activated)
+        gate, up = is_op(gate_value, "MatMul"), is_op(up_value, "MatMul")
+        if gate is None or up is None or gate_value is None or up_value is None:
+            self.fail("gate and up are not both products with a weight", product)
+            return None
+        if gate.inputs[0] is not up.inputs[0]:
+            self.fail("gate and up project different tensors", product)
+            return None
+        if not _is_matrix(gate.inputs[1]) or not _is_matrix(up.inputs[1]):
+            self.fail("gate or up is not a product with a weight matrix", product)
+            return None
+        if static_dim(gate.inputs[1], 1) != static_dim(up.inputs[1], 1):
+            self.fail("gate and up have different widths", product)
+            return None
+        if {n for n, _ in gate_value.uses()} != readers or len(up_value.uses()) != 1:
+            self.fail("the gate or up projection has another use", product)
+            return None
+        return GatedUnit(product, gate, up)
+
+    def _rewrite(self, model: ir.Model, unit: GatedUnit) -> None:
+        x, gate_weight, up_weight = unit.gate.inputs[0], unit.gate.inputs[1], unit.up.inputs[1]
+        assert x is not None and gate_weight is not None and up_weight is not None
+        assert gate_weight.const_value is not None and up_weight.const_value is not None
+        scope = _scope(gate_weight.name or "")
+        merged = weights.concat([gate_weight.const_value, up_weight.const_value], 1)
+        weight = add_initializer(model, f"{scope}gate_up_proj.weight", merged)
+        projection = ir.node("MatMul", [x, weight], name=f"{scope}gate_up_proj")
+        split = ir.node(
+            "Split", [projection.outputs[0]], {"axis": -1, "num_outputs": 2}, num_outputs=2, name=f"{scope}gate_up.split"
+        )
+        swish = ir.node("Swish", [split.outputs[0]], name=f"{scope}act_fn")
+        product = ir.node("Mul", [swish.outputs[0], split.outputs[1]], name=f"{scope}gated")
+        old = unit.product.outputs[0]
+        nodes = [projection, split, swish, product]
+        for node in nodes:
+            tag(node, self.name)
+            for index, output in enumerate(node.outputs):
+                output.name = f"{node.name}.{index}" if len(node.outputs) > 1 else f"{node.name}.output"
+                output.shape, output.type = old.shape, old.type
+        if old.shape is not None:
+            width = static_dim(gate_weight, 1)
+            projection.outputs[0].shape = ir.Shape([*old.shape[:-1], 2 * width if width is not None else None])
+        model.graph.insert_before(unit.product, nodes)
+        new = product.outputs[0]
+        new.name, old.name = old.name, None
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        self.matches += 1
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and len(value.const_value.shape) == 2
+
+
+def _scope(weight: str) -> str:
+    """``model.layers.0.mlp.`` from ``model.layers.0.mlp.gate_proj.weight.transposed``; else a scope of the weight's own."""
+    found = re.match(r"(.*\.)gate_proj\.weight", weight)
+    return found[1] if found else f"{weight}."
