@@ -1,0 +1,30 @@
+"""ONNX Runtime on a CPU: the rules in order.
+
+Each replaces portable operators by ``com.microsoft`` ones that compute the same; weights stay lazy. A form that ONNX
+Runtime's kernels refuse (a head size that is no multiple of 8, say) keeps its portable function, which runs from its body.
+"""
+
+from __future__ import annotations
+
+from qwenforge.graph_passes.fuse.fold_weight_transforms import FoldWeightTransforms
+from qwenforge.graph_passes.infra import FusionPass
+from qwenforge.graph_passes.lower.ort_attention import LowerAttention
+from qwenforge.graph_passes.lower.ort_linear import MatMulByStoredWeight, TiedVocabularyProjection
+from qwenforge.graph_passes.lower.ort_moe import LowerMixtureOfExperts
+from qwenforge.graph_passes.lower.ort_skip_norm import FuseResidualNorm
+from qwenforge.graph_passes.lower.ort_swish import SwishToQuickGelu
+from qwenforge.graph_passes.lower.qkv_packing import PackQKV
+
+
+def ort_cpu_rules(*, weights: str = "copy") -> list[FusionPass]:
+    """The lowering; with ``weights="link"`` no weight matrix is merged or transposed."""
+    linked = weights == "link"
+    layout: list[FusionPass] = [MatMulByStoredWeight()] if linked else [PackQKV(), TiedVocabularyProjection()]
+    return [
+        FoldWeightTransforms(),
+        LowerAttention(),
+        *layout,
+        LowerMixtureOfExperts(),
+        FuseResidualNorm(),
+        SwishToQuickGelu(),
+    ]

@@ -1,0 +1,56 @@
+"""``qwenforge::MixtureOfExperts`` -> ``com.microsoft::MoE``: SwiGLU fused, gate and up rows interleaved.
+
+The kernel takes the router's logits, computes their softmax over all experts and keeps the probabilities as they are
+unless ``normalize_routing_weights`` is set, which is Qwen2-MoE exactly.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qwenforge import names
+from qwenforge.exporter import weights
+from qwenforge.graph_passes.functions import MIXTURE_OF_EXPERTS
+from qwenforge.graph_passes.infra import FusionPass, add_initializer, tag
+
+
+class LowerMixtureOfExperts(FusionPass):
+    """Replace every expert function."""
+
+    name: ClassVar[str] = "ort_moe"
+
+    def run(self, model: ir.Model) -> None:
+        for node in list(model.graph):
+            if node.op_type != MIXTURE_OF_EXPERTS or node.domain != names.DOMAIN:
+                continue
+            x, logits, gate_up, down = node.inputs
+            if gate_up is None or down is None or gate_up.const_value is None or down.const_value is None:
+                self.fail("the expert weights are not initializers", node)
+                continue
+            interleaved = weights.interleave_rows(gate_up.const_value)
+            first = add_initializer(model, f"{gate_up.name}.interleaved", interleaved)
+            moe = ir.node(
+                "MoE",
+                [x, logits, first, None, down],
+                {
+                    "k": node.attributes["top_k"].as_int(),
+                    "normalize_routing_weights": node.attributes["normalize_topk"].as_int(),
+                    "activation_type": "swiglu",
+                    "swiglu_fusion": 1,
+                    "activation_alpha": 1.0,
+                    "activation_beta": 0.0,
+                },
+                domain="com.microsoft",
+                name=node.name,
+            )
+            tag(moe, self.name)
+            old, new = node.outputs[0], moe.outputs[0]
+            new.shape, new.type = old.shape, old.type
+            model.graph.insert_before(node, moe)
+            new.name, old.name = old.name, None
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
+            model.graph.opset_imports["com.microsoft"] = 1
+            self.matches += 1
