@@ -57,6 +57,8 @@ def weight_kind(value: ir.Value) -> str:
     gathered = any(node.op_type in ("Gather", "GatherBlockQuantized") and node.inputs[0] is value for node in users)
     if gathered and value.shape is not None and len(value.shape) == 2 and _is_numeric_weight(value):
         return "embedding"
+    if _is_small(value) and not _is_numeric_weight(value):
+        return "constants and other"
     if kind := _kind_in_name(value.name):
         return kind
     if _is_small(value):

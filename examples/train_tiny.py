@@ -1,7 +1,7 @@
 """Train the example checkpoints from the documentation and sources that every Python carries.
 
 The text, the tokenizer, the order of the data and the initial weights are seeded, so that one Python release with one
-torch release on one kind of machine reproduces a checkpoint. A model takes about ten minutes on one core.
+torch release on one kind of machine reproduces a checkpoint. A model takes ten to fifteen minutes on one core.
 """
 
 from __future__ import annotations
