@@ -56,7 +56,9 @@ class TransformersSubject:
     def __init__(self, checkpoint: Path, threads: int, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         torch.set_num_threads(threads)
         kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=kinds[dtype], local_files_only=True).eval()

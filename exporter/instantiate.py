@@ -115,7 +115,7 @@ def _is_shared(node: ir.Node) -> bool:
     seen = {node}
     while pending:
         for value in pending.pop().inputs:
-            if value is None or value.const_value is not None and not _LAYER.match(value.name or ""):
+            if value is None or (value.const_value is not None and not _LAYER.match(value.name or "")):
                 continue
             producer = value.producer()
             if producer is None:

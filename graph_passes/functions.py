@@ -5,14 +5,14 @@ them. Their meaning:
 
 ``GroupedQueryAttention`` (q [B, S, Hq*D], k, v [B, S, Hk*D], past_key, past_value [B, Hk, M, D], cos, sin [P, D/2],
 position_ids [B, S], cache_position [B]) -> (y [B, S, Hq*D], present_key, present_value), attributes num_heads,
-num_key_value_heads, scale, sliding_window. Rotates q and k (half-split RoPE), writes k and v at cache_position and attends
-causally: query j of row b stands at cache_position[b] + j and sees the keys up to itself, the last sliding_window of
-them if that is not 0.
+num_key_value_heads, scale, sliding_window. Rotates q and k (half-split RoPE), writes k and v at cache_position and
+attends causally: query j of row b stands at cache_position[b] + j and sees the keys up to itself, the last
+sliding_window of them if that is not 0.
 
-``MixtureOfExperts`` (x [T, C], router_logits [T, E], gate_up [E, 2I, C], down [E, C, I]) -> y [T, C], attributes top_k,
-normalize_topk. Softmax over all experts in fp32, top_k of them, renormalized if asked, SwiGLU experts (rows 0..I-1 of
-gate_up are the gate), weighted sum. The body computes every expert and drops the unselected ones, which needs [E, 2I, T]
-values instead of a copy of the selected weights for each token.
+``MixtureOfExperts`` (x [T, C], router_logits [T, E], gate_up [E, 2I, C], down [E, C, I]) -> y [T, C], attributes
+top_k, normalize_topk. Softmax over all experts in fp32, top_k of them, renormalized if asked, SwiGLU experts (rows
+0..I-1 of gate_up are the gate), weighted sum. The body computes every expert and drops the unselected ones, which needs
+[E, 2I, T] values instead of a copy of the selected weights for each token.
 """
 
 from __future__ import annotations

@@ -75,6 +75,7 @@ def portable_rules(positions: int) -> list[FusionPass]:
     from qwenforge.graph_passes.fuse.logits import SelectLogits
     from qwenforge.graph_passes.fuse.moe_routing import FuseMixtureOfExperts
     from qwenforge.graph_passes.fuse.portable_signature import PortableSignature
+    from qwenforge.graph_passes.fuse.reshapes import SimplifyReshapes
     from qwenforge.graph_passes.fuse.rms_norm import FuseRMSNorm
     from qwenforge.graph_passes.fuse.rope import FuseRotaryEmbedding
     from qwenforge.graph_passes.fuse.swiglu import FuseSwiGLU
@@ -88,6 +89,7 @@ def portable_rules(positions: int) -> list[FusionPass]:
         FuseRMSNorm(),
         FuseRotaryEmbedding(positions),
         FuseGroupedQueryAttention(),
+        SimplifyReshapes(),
         FuseSwiGLU(),
         SelectLogits(),
         PortableSignature(),

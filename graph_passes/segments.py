@@ -1,7 +1,8 @@
 """Cut a model of full depth into pieces that run one after the other: what precedes the layers, each layer, the rest.
 
-A node belongs to layer i when its name starts with ``model.layers.i.``; a nameless or shared node goes with the first
-piece that needs it. Values that cross a cut become outputs of one piece and inputs of later ones.
+A node belongs to layer i when its name starts with ``model.layers.i.``. Of the others, those that lead to a layer
+without coming from one precede the layers; any other goes with the first piece that needs it. Values that cross a cut
+become outputs of one piece and inputs of later ones.
 """
 
 from __future__ import annotations
@@ -10,25 +11,45 @@ import re
 
 import onnx_ir as ir
 
+from qwenforge.errors import GraphError
+from qwenforge.graph_passes.infra import consumers
+
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def split_by_layer(model: ir.Model) -> list[ir.Model]:
-    """The pieces in execution order; initializers are shared with ``model``, not copied."""
-    pieces: list[list[ir.Node]] = [[]]
-    current: int | None = None
+    """The pieces in execution order, none empty; initializers are shared with ``model``, not copied.
+
+    Raises:
+        GraphError: a layer reads what a later one makes, so that no order of whole layers computes the model.
+    """
+    owner = _owners(model)
+    pieces: dict[int, list[ir.Node]] = {}
     for node in model.graph:
-        found = _LAYER.match(node.name or "")
-        layer = int(found[1]) if found else None
-        if layer is not None and layer != current and layer >= (current or 0) and pieces[-1]:
-            pieces.append([])
-        if layer is not None:
-            current = layer
-        elif current is not None and pieces[-1] and _LAYER.match(pieces[-1][-1].name or ""):
-            pieces.append([])
-        pieces[-1].append(node)
-    owner = {node: index for index, nodes in enumerate(pieces) for node in nodes}
-    return [_piece(model, nodes, index, owner) for index, nodes in enumerate(pieces)]
+        pieces.setdefault(owner[node], []).append(node)
+    return [_piece(model, pieces[index], index, owner) for index in sorted(pieces)]
+
+
+def _owners(model: ir.Model) -> dict[ir.Node, int]:
+    """Each node's piece: 0 before the layers, i + 1 for layer i, the largest number for the rest."""
+    nodes = list(model.graph)
+    named = {node: int(found[1]) + 1 for node in nodes if (found := _LAYER.match(node.name or ""))}
+    rest = max(named.values(), default=0) + 1
+    after_layers = set(named)
+    for node in nodes:
+        if any(value is not None and value.producer() in after_layers for value in node.inputs):
+            after_layers.add(node)
+    owner: dict[ir.Node, int] = {}
+    for node in reversed(nodes):
+        users = [owner[user] for value in node.outputs for user in consumers(value)]
+        needed = min(users, default=rest)
+        if node in named:
+            owner[node] = named[node]
+            if needed < named[node]:
+                raise GraphError(f"layer {needed - 1} reads what node {node.name} of a later layer makes.")
+        else:
+            owner[node] = 0 if node not in after_layers and needed < rest else needed
+    return owner
 
 
 def _piece(model: ir.Model, nodes: list[ir.Node], index: int, owner: dict[ir.Node, int]) -> ir.Model:

@@ -1,13 +1,16 @@
 """Prove what an unknown arrangement of experts computes by running it on a few tokens.
 
 The nodes between the router's logits and the weighted sum are cut out and evaluated; the result is compared with the
-intended sum over experts in float64, for each way the two stacked weights could be laid out.
+intended sum over experts in float64, for each way the two stacked weights could be laid out. Random tokens cannot show
+what happens far from them, so that operators which bend at a threshold, such as a clamp of the activations, are refused
+before anything runs.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +18,32 @@ import onnx_ir as ir
 
 from qwenforge.errors import GraphError
 from qwenforge.exporter import weights
+from qwenforge.exporter.checkpoint import CheckpointTensor
 from qwenforge.graph_passes.infra import static_dim
 from qwenforge.graph_passes.signature import detect_signature
-from qwenforge.graph_passes.subgraph import ancestors, evaluate, leaves
+from qwenforge.graph_passes.subgraph import ancestors, extract, leaves
 
 LARGEST_WEIGHTS = 256 << 20
 """Bytes of expert weights that a proof reads; a larger unknown arrangement is left as it is."""
 _BOUND = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
-"""Largest accepted error relative to the result's scale: sums of a few hundred products in the graph's own precision."""
+"""Largest accepted error relative to the result's scale: sums of some hundred products in the graph's own precision."""
+_SMOOTH = frozenset(
+    "Add Cast Concat Div Einsum Expand Gather GatherElements GatherND Gemm Identity MatMul Mul ReduceSum Reshape "
+    "ScatterElements ScatterND Sigmoid Slice Softmax Split Squeeze Swish Tile TopK Transpose Unsqueeze".split()
+)
+"""Operators that may compute floating-point values between the router and the sum: they move values around, or do the
+same to small and large ones. Integers (sorting and counting tokens) may be computed by any."""
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of the cut-out part: tokens x [T, C], router logits [T, E] and its result [T, C]."""
+
+    x: Array
+    logits: Array
+    result: Array
 
 
 def prove_experts(
@@ -40,23 +59,22 @@ def prove_experts(
     """(gate_up [E, 2I, C], down [E, C, I], names of their sources) of the arrangement that leads to ``output``.
 
     Raises:
-        GraphError: it is too large to run, reads something else, or computes something else.
+        GraphError: its weights are a checkpoint's or too large to run, it reads something else, or computes something
+            else.
     """
     hidden, experts = static_dim(x, -1), static_dim(router_logits, -1)
     if hidden is None or experts is None:
         raise GraphError("the hidden size or the number of experts is not known")
-    stop = [*same_tokens, router_logits]
-    nodes = ancestors([output], stop=stop)
-    stacked = _stacked_weights(nodes, experts)
-    if sum(tensor.nbytes for _, tensor in stacked) > LARGEST_WEIGHTS:
-        raise GraphError("the experts are arranged in an unknown way and too large to prove by running them")
-    samples = [
-        _sample(model, nodes, output, list(same_tokens), router_logits, tokens, hidden, experts) for tokens in (5, 1)
-    ]
-    best = np.inf
     bound = _BOUND.get(x.dtype or ir.DataType.UNDEFINED)
     if bound is None:
         raise GraphError(f"experts in {x.dtype} are not supported")
+    nodes = ancestors([output], stop=[*same_tokens, router_logits])
+    _refuse_thresholds(nodes)
+    stacked = _stacked_weights(nodes, experts)
+    region = _Region(model, nodes, output, x, same_tokens, router_logits)
+    # Five tokens, one, and a crowd that all want the same experts.
+    samples = [region.run(count, hidden, experts, crowd=count > 5) for count in (5, 1, 19)]
+    best = np.inf
     for gate_up, down, gate_up_name, down_name in _layouts(stacked, hidden):
         first, second = (np.asarray(tensor.numpy()).astype(np.float64) for tensor in (gate_up, down))
         error = max(_error(sample, first, second, top_k, normalize) for sample in samples)
@@ -69,6 +87,15 @@ def prove_experts(
     )
 
 
+def _refuse_thresholds(nodes: list[ir.Node]) -> None:
+    for node in nodes:
+        if node.domain:
+            raise GraphError(f"the experts use {node.domain}::{node.op_type}, which only its own runtime knows")
+        dtype = node.outputs[0].dtype
+        if node.op_type not in _SMOOTH and (dtype is None or dtype.is_floating_point()) and node.op_type != "Constant":
+            raise GraphError(f"the experts use {node.op_type}, which a few tokens cannot prove")
+
+
 def _stacked_weights(nodes: list[ir.Node], experts: int) -> list[tuple[str, ir.TensorProtocol]]:
     found: dict[str, ir.TensorProtocol] = {}
     for node in nodes:
@@ -78,37 +105,61 @@ def _stacked_weights(nodes: list[ir.Node], experts: int) -> list[tuple[str, ir.T
                 found[str(value.name)] = tensor
     if len(found) != 2:
         raise GraphError(f"{len(found)} stacked expert weights lie behind the router where 2 are expected")
+    if any(isinstance(leaf, CheckpointTensor) for tensor in found.values() for leaf in weights.leaves(tensor)):
+        raise GraphError("the experts are arranged in an unknown way, and a checkpoint is not read to prove them")
+    if sum(tensor.nbytes for tensor in found.values()) > LARGEST_WEIGHTS:
+        raise GraphError("the experts are arranged in an unknown way and too large to prove by running them")
     return list(found.items())
 
 
-def _sample(
-    model: ir.Model,
-    nodes: list[ir.Node],
-    output: ir.Value,
-    tokens: list[ir.Value],
-    router_logits: ir.Value,
-    count: int,
-    hidden: int,
-    experts: int,
-) -> tuple[Array, Array, Array]:
-    """(x, logits, result) of one run with ``count`` random tokens."""
-    generator = np.random.default_rng(count)
-    dtype = router_logits.dtype or ir.DataType.FLOAT
-    x = generator.standard_normal((count, hidden)).astype(dtype.numpy())
-    logits = (2 * generator.standard_normal((count, experts))).astype(dtype.numpy())
-    feeds: dict[ir.Value, npt.NDArray[np.generic]] = {value: x for value in tokens}
-    feeds[router_logits] = logits
-    signature = detect_signature(model)
-    for leaf in leaves(nodes, [output]):
-        if leaf in feeds:
-            continue
-        if leaf.name != signature.input_ids:
-            raise GraphError(f"the experts also read {leaf.name}")
-        feeds[leaf] = np.zeros((1, count), np.int64)
-    result = evaluate([output], feeds, model.graph.opset_imports[""])[0]
-    if result.shape != x.shape:
-        raise GraphError("the sum over the experts has another shape than the tokens")
-    return x.astype(np.float64), logits.astype(np.float64), result.astype(np.float64)
+@dataclass(frozen=True)
+class _Region:
+    """The part of ``model`` between the router's logits and the sum over experts."""
+
+    model: ir.Model
+    nodes: list[ir.Node]
+    output: ir.Value
+    x: ir.Value
+    same_tokens: frozenset[ir.Value]
+    router_logits: ir.Value
+
+    def run(self, count: int, hidden: int, experts: int, *, crowd: bool = False) -> Sample:
+        """The result for ``count`` random tokens, which all choose alike if they are a ``crowd``."""
+        generator = np.random.default_rng(count)
+        x = generator.standard_normal((count, hidden)).astype(_numpy_type(self.x))
+        logits = 2 * generator.standard_normal((1 if crowd else count, experts))
+        logits = np.repeat(logits, count, 0) if crowd else logits
+        logits = logits.astype(_numpy_type(self.router_logits))
+        feeds: dict[ir.Value, npt.NDArray[np.generic]] = dict.fromkeys(self.same_tokens, x)
+        feeds[self.router_logits] = logits
+        signature = detect_signature(self.model)
+        for leaf in leaves(self.nodes, [self.output]):
+            if leaf in feeds:
+                continue
+            if leaf.name != signature.input_ids:
+                raise GraphError(f"the experts also read {leaf.name}")
+            feeds[leaf] = np.zeros((1, count), np.int64)
+        result = self._evaluate(feeds)
+        if result.shape != x.shape:
+            raise GraphError("the sum over the experts has another shape than the tokens")
+        return Sample(x.astype(np.float64), logits.astype(np.float64), result.astype(np.float64))
+
+    def _evaluate(self, feeds: dict[ir.Value, npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+        from onnx.reference import ReferenceEvaluator
+
+        part = extract([self.output], list(feeds), self.model.graph.opset_imports[""])
+        for value in part.graph.initializers.values():
+            assert value.const_value is not None
+            # A weight may lie in a file, where the evaluator does not look.
+            held = value.const_value
+            value.const_value = ir.Tensor(np.asarray(held.numpy()), held.dtype, name=value.name)
+        used = {value.name for value in part.graph.inputs}
+        named = {str(value.name): array for value, array in feeds.items() if value.name in used}
+        return np.asarray(next(iter(ReferenceEvaluator(ir.to_proto(part)).run(None, named))))
+
+
+def _numpy_type(value: ir.Value) -> np.dtype[np.generic]:
+    return (value.dtype or ir.DataType.FLOAT).numpy()
 
 
 def _layouts(
@@ -124,16 +175,16 @@ def _layouts(
                 yield first, second, gate_name, down_name
 
 
-def _error(sample: tuple[Array, Array, Array], gate_up: Array, down: Array, top_k: int, normalize: bool) -> float:
-    x, logits, result = sample
-    expected = np.zeros_like(x)
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+def _error(sample: Sample, gate_up: Array, down: Array, top_k: int, normalize: bool) -> float:
+    """Largest difference between the result and the intended sum, relative to the latter's scale."""
+    expected = np.zeros_like(sample.x)
+    exponentials = np.exp(sample.logits - sample.logits.max(-1, keepdims=True))
     probabilities = exponentials / exponentials.sum(-1, keepdims=True)
     for token, row in enumerate(probabilities):
         chosen = np.argsort(-row, kind="stable")[:top_k]
         scale = row[chosen] / row[chosen].sum() if normalize else row[chosen]
         for expert, weight in zip(chosen, scale, strict=True):
-            gate, up = np.split(gate_up[expert] @ x[token], 2)
+            gate, up = np.split(gate_up[expert] @ sample.x[token], 2)
             expected[token] += weight * (down[expert] @ (gate / (1 + np.exp(-gate)) * up))
-    error = np.abs(result - expected).max() / max(np.abs(expected).max(), 1e-30)
+    error = np.abs(sample.result - expected).max() / max(np.abs(expected).max(), 1e-30)
     return float(error) if np.isfinite(error) else float("inf")

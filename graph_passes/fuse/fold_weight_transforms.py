@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -32,7 +33,7 @@ class FoldWeightTransforms(FusionPass):
                 continue
             tensors = fold(node)
             if tensors is None:
-                self.fail(f"{node.op_type} of a weight by values that are not constant", node)
+                self.fail(f"{node.op_type} of a weight that no plan of weights describes", node)
                 continue
             source = node.inputs[0]
             assert source is not None
@@ -43,12 +44,13 @@ class FoldWeightTransforms(FusionPass):
 
 
 def _all_weights(node: ir.Node) -> bool:
-    """Whether the node's data inputs are floating-point initializers of at least one dimension."""
+    """Whether the node's data inputs are floating-point initializers of at least one dimension that no caller sets."""
     data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
     return not any(output.is_graph_output() for output in node.outputs) and all(
         value is not None
         and value.const_value is not None
         and value.is_initializer()
+        and not value.is_graph_input()
         and value.const_value.dtype.is_floating_point()
         and len(value.const_value.shape) > 0
         for value in data
@@ -74,7 +76,8 @@ def _reshape(node: ir.Node) -> list[ir.TensorProtocol] | None:
     if wanted is None:
         return None
     shape = _dims(node)
-    copied = [shape[axis] if dim == 0 and not int_attribute(node, "allowzero", 0) else dim for axis, dim in enumerate(wanted)]
+    copies = not int_attribute(node, "allowzero", 0)
+    copied = [shape[axis] if dim == 0 and copies else dim for axis, dim in enumerate(wanted)]
     if -1 in copied:
         known, total = 1, 1
         for dim in copied:
@@ -105,8 +108,9 @@ def _squeeze(node: ir.Node) -> list[ir.TensorProtocol] | None:
     return [weights.reshape(_tensor(node), [dim for axis, dim in enumerate(shape) if axis not in dropped])]
 
 
-def _cast(node: ir.Node) -> list[ir.TensorProtocol]:
-    return [weights.cast(_tensor(node), ir.DataType(node.attributes["to"].as_int()))]
+def _cast(node: ir.Node) -> list[ir.TensorProtocol] | None:
+    to = ir.DataType(node.attributes["to"].as_int())
+    return [weights.cast(_tensor(node), to)] if to.is_floating_point() else None
 
 
 def _concat(node: ir.Node) -> list[ir.TensorProtocol]:
@@ -116,9 +120,16 @@ def _concat(node: ir.Node) -> list[ir.TensorProtocol]:
 
 def _slice(node: ir.Node) -> list[ir.TensorProtocol] | None:
     shape = _dims(node)
-    starts, ends, axes = (integers(value) for value in (*node.inputs[1:4], None)[:3])
-    steps = integers(node.inputs[4]) if len(node.inputs) > 4 else [1] * len(starts or [])
-    if starts is None or ends is None or axes is None or steps is None or any(step != 1 for step in steps):
+    starts, ends = integers(node.inputs[1]), integers(node.inputs[2])
+    if starts is None or ends is None:
+        return None
+    axes, steps = list(range(len(starts))), [1] * len(starts)
+    given = [*node.inputs[3:], None, None]
+    read_axes, read_steps = (integers(value) if value is not None else None for value in given[:2])
+    if (given[0] is not None and read_axes is None) or (given[1] is not None and read_steps is None):
+        return None
+    axes, steps = read_axes or axes, read_steps or steps
+    if any(step != 1 for step in steps):
         return None
     tensor = _tensor(node)
     for start, end, axis in zip(starts, ends, axes, strict=True):
@@ -139,7 +150,7 @@ def _split(node: ir.Node) -> list[ir.TensorProtocol] | None:
         each = -(-shape[axis] // len(node.outputs))
         sizes = [min(each, shape[axis] - index * each) for index in range(len(node.outputs))]
     bounds = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
-    return [weights.slice_(_tensor(node), axis, low, high) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [weights.slice_(_tensor(node), axis, low, high) for low, high in itertools.pairwise(bounds)]
 
 
 _FOLDS: dict[str, Callable[[ir.Node], list[ir.TensorProtocol] | None]] = {

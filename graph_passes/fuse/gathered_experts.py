@@ -13,9 +13,7 @@ from qwenforge.graph_passes.infra import constant_value, int_attribute, integers
 Matched = tuple[ir.TensorProtocol, ir.TensorProtocol, str, str]
 
 
-def match_gathered(
-    x: ir.Value, weights: ir.Value, chosen: ir.Value, output: ir.Value, top_k: int
-) -> Matched | None:
+def match_gathered(x: ir.Value, weights: ir.Value, chosen: ir.Value, output: ir.Value, top_k: int) -> Matched | None:
     """(gate_up [E, 2I, C], down [E, C, I], their names) when the nodes are exactly the gathered form, else None."""
     product = _summed_product(output)
     if product is None:
@@ -58,21 +56,31 @@ def _flattens(value: ir.Value | None, source: ir.Value) -> bool:
 
 
 def _expert_product(value: ir.Value | None, chosen: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """(weight [E, out, in], input) of Squeeze(MatMul(GatherND(weight, ids), Unsqueeze(input)))."""
+    """(weight [E, out, in], input) of Squeeze(MatMul(weights of the ids, Unsqueeze(input)))."""
     squeeze = is_op(value, "Squeeze")
     product = is_op(squeeze.inputs[0], "MatMul") if squeeze is not None else None
     if product is None:
         return None
-    gather, column = is_op(product.inputs[0], "GatherND"), is_op(product.inputs[1], "Unsqueeze")
-    if gather is None or column is None or integers(column.inputs[1]) not in ([-1], [2]):
+    gather = product.inputs[0].producer() if product.inputs[0] is not None else None
+    column = is_op(product.inputs[1], "Unsqueeze")
+    if gather is None or column is None or not _gathers(gather, chosen):
         return None
-    ids = is_op(gather.inputs[1], "Unsqueeze")
-    if ids is None or not _flattens(ids.inputs[0], chosen) or int_attribute(gather, "batch_dims", 0):
+    if integers(column.inputs[1]) not in ([-1], [2]):
         return None
     weight, source = gather.inputs[0], column.inputs[0]
     if weight is None or source is None or weight.const_value is None or len(weight.const_value.shape) != 3:
         return None
     return weight, source
+
+
+def _gathers(node: ir.Node, chosen: ir.Value) -> bool:
+    """Whether ``node`` takes the matrix of each chosen expert: GatherND by [T*K, 1] ids or Gather by [T*K] ids."""
+    if node.op_type == "Gather" and not node.domain:
+        return int_attribute(node, "axis", 0) == 0 and _flattens(node.inputs[1], chosen)
+    if node.op_type != "GatherND" or node.domain or int_attribute(node, "batch_dims", 0):
+        return False
+    ids = is_op(node.inputs[1], "Unsqueeze")
+    return ids is not None and _flattens(ids.inputs[0], chosen)
 
 
 def _swiglu(value: ir.Value) -> ir.Value | None:

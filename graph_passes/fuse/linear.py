@@ -24,8 +24,9 @@ class GemmToMatMul(FusionPass):
     def _rewrite(self, model: ir.Model, node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> None:
         x, weight = node.inputs[0], node.inputs[1]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if x is None or weight is None or weight.const_value is None:
-            self.fail("a Gemm by something that is not a weight", node)
+        assert x is not None and weight is not None
+        if int_attribute(node, "transB", 0) and weight.const_value is None:
+            self.fail("a Gemm by the transpose of something that is not a weight", node)
             return
         factors = float_attribute(node, "alpha", 1.0), float_attribute(node, "beta", 1.0)
         if int_attribute(node, "transA", 0) or factors[0] != 1.0 or (bias is not None and factors[1] != 1.0):
@@ -33,6 +34,7 @@ class GemmToMatMul(FusionPass):
             return
         if int_attribute(node, "transB", 0):
             if weight not in transposed:
+                assert weight.const_value is not None
                 tensor = weights.transpose(weight.const_value, [1, 0])
                 transposed[weight] = add_initializer(model, f"{weight.name}.transposed", tensor)
             weight = transposed[weight]

@@ -2,8 +2,8 @@
 
 Exporters write the experts in very different ways (gathering each token's matrices, or sorting tokens by expert and
 splitting). The routing in front of them and the sum behind them look alike, so those two ends are matched by structure;
-what lies between is either the gathered form, matched node by node (:mod:`gathered_experts`), or proven by running it on
-a few tokens (:mod:`expert_proof`).
+what lies between is either the gathered form, matched node by node (:mod:`gathered_experts`), or proven by running it
+on a few tokens (:mod:`expert_proof`).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class FuseMixtureOfExperts(FusionPass):
 
     def _rewrite(self, model: ir.Model, routing: Routing, experts: Experts) -> None:
         register_function(model, MIXTURE_OF_EXPERTS)
-        scope = layer_scope(routing.output) or layer_scope(_named(experts.gate_up_name)) or f"moe.{self.matches}."
+        scope = _scope(routing, experts) or f"moe.{self.matches}."
         operands = [routing.x, routing.router_logits]
         for name, tensor in ((experts.gate_up_name, experts.gate_up), (experts.down_name, experts.down)):
             held = model.graph.initializers.get(name)
@@ -125,8 +125,10 @@ class FuseMixtureOfExperts(FusionPass):
         self.matches += 1
 
 
-def _named(name: str) -> ir.Value:
-    return ir.Value(name=name)
+def _scope(routing: Routing, experts: Experts) -> str:
+    """``model.layers.0.`` as told by the names of values, weights or PyTorch's module scopes."""
+    told = (str(routing.output.name), experts.gate_up_name, *routing.top_k_node.metadata_props.values())
+    return next((scope for name in told if (scope := layer_scope(ir.Value(name=name)))), "")
 
 
 def _sorts_by_expert(node: ir.Node) -> bool:
@@ -159,6 +161,8 @@ def _match_ends(node: ir.Node) -> Routing:
     tokens = _same_tokens(projection.inputs[0])
     output = _weighted_sum(node, top_k[0], static_dim(projection.inputs[0], -1))
     x = next(value for value in tokens if value in _read_by(output, tokens))
+    if output.dtype != x.dtype:
+        raise GraphError(f"the experts read {x.dtype} but give {output.dtype}")
     return Routing(node, logits, weights, node.outputs[1], top_k[0], normalize, x, frozenset(tokens), output)
 
 

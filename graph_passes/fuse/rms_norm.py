@@ -25,6 +25,8 @@ from qwenforge.graph_passes.infra import (
 )
 
 _LARGEST_EPSILON = 1e-2
+_STASHED = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+"""Types that a normalization may be computed in between its casts: RMSNormalization's stash_type is fp32."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,18 @@ class FuseRMSNorm(FusionPass):
         return self._match_weight(scaled, x32, epsilon)
 
     def _match_weight(self, scaled: ir.Node, x32: ir.Value, epsilon: float) -> Norm | None:
-        normalized: ir.Value = scaled.outputs[0]
-        cast = _only(normalized, "Cast")
-        if cast is not None:
-            normalized = cast.outputs[0]
+        normalized, x = scaled.outputs[0], x32
+        downcast = _only(normalized, "Cast")
+        if downcast is not None:
+            normalized, upcast = downcast.outputs[0], is_op(x32, "Cast")
+            source = upcast.inputs[0] if upcast is not None else None
+            if source is None or source.dtype != downcast.attributes["to"].as_int() or x32.dtype not in _STASHED:
+                self.fail("the normalized tensor is cast to another type than x was cast from", downcast)
+                return None
+            x = source
+        if _is_centered(x) or _is_centered(x32):
+            self.fail("the mean is subtracted first: a layer normalization", scaled)
+            return None
         product = _only(normalized, "Mul")
         weight = other_operand(product, normalized) if product is not None else None
         if product is None or weight is None:
@@ -87,11 +97,6 @@ class FuseRMSNorm(FusionPass):
         size = static_dim(x32, -1)
         if weight.const_value is None or len(weight.const_value.shape) != 1 or weight.const_value.shape[0] != size:
             self.fail("the weight is not a vector over the last axis", product)
-            return None
-        upcast = is_op(x32, "Cast")
-        x = upcast.inputs[0] if upcast is not None else x32
-        if x is None or (x.dtype is not None and weight.dtype is not None and x.dtype != weight.dtype):
-            self.fail(f"x is {x.dtype if x else None} but its weight {weight.dtype}", product)
             return None
         return Norm(product, x, weight, epsilon)
 
@@ -106,6 +111,13 @@ class FuseRMSNorm(FusionPass):
         new.name, old.name = old.name, None
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         self.matches += 1
+
+
+def _is_centered(value: ir.Value) -> bool:
+    """Whether ``value`` is a tensor minus its mean."""
+    difference = is_op(value, "Sub")
+    mean = is_op(difference.inputs[1], "ReduceMean") if difference is not None else None
+    return difference is not None and mean is not None and mean.inputs[0] is difference.inputs[0]
 
 
 def _squared(value: ir.Value | None) -> ir.Value | None:

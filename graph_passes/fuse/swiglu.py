@@ -12,7 +12,18 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qwenforge.exporter import weights
-from qwenforge.graph_passes.infra import FusionPass, add_initializer, is_op, other_operand, static_dim, tag
+from qwenforge.graph_passes.infra import (
+    FusionPass,
+    add_initializer,
+    consumers,
+    is_op,
+    other_operand,
+    single_consumer,
+    static_dim,
+    tag,
+)
+
+_OTHER_ACTIVATIONS = ("Gelu", "Relu", "Tanh", "HardSwish", "Mish")
 
 
 @dataclass(frozen=True)
@@ -31,18 +42,22 @@ class FuseSwiGLU(FusionPass):
 
     def run(self, model: ir.Model) -> None:
         for node in list(model.graph):
-            if node.domain or node.op_type not in ("Sigmoid", "Swish"):
+            if node.domain:
                 continue
-            unit = self._match(node)
-            if unit is not None:
-                self._rewrite(model, unit)
+            if node.op_type in _OTHER_ACTIVATIONS and _is_gated_unit(node.outputs[0]):
+                self.fail(f"gated by {node.op_type}, not Swish", node)
+            elif node.op_type in ("Sigmoid", "Swish"):
+                unit = self._match(node)
+                if unit is not None:
+                    self._rewrite(model, unit)
 
     def _match(self, activation: ir.Node) -> GatedUnit | None:
         gate_value = activation.inputs[0]
         if activation.op_type == "Sigmoid":
-            silu = next((n for n, _ in activation.outputs[0].uses() if n.op_type == "Mul"), None)
-            if silu is None or gate_value is None or other_operand(silu, activation.outputs[0]) is not gate_value:
-                return None  # a gate by a sigmoid, not silu
+            silu = single_consumer(activation.outputs[0])
+            if silu is None or silu.op_type != "Mul" or other_operand(silu, activation.outputs[0]) is not gate_value:
+                self._explain(activation)
+                return None
             activated = silu.outputs[0]
             readers = {activation, silu}
         else:
@@ -50,12 +65,14 @@ class FuseSwiGLU(FusionPass):
                 self.fail("Swish with an alpha other than 1", activation)
                 return None
             activated, readers = activation.outputs[0], {activation}
-        uses = [node for node, _ in activated.uses()]
-        if len(uses) != 1 or uses[0].op_type != "Mul":
+        product = single_consumer(activated)
+        if product is None or product.op_type != "Mul":
             self.fail("the activated gate is not multiplied by one up projection", activation)
             return None
-        product = uses[0]
         up_value = other_operand(product, activated)
+        split = is_op(gate_value, "Split")
+        if split is not None and is_op(up_value, "Split") is split:
+            return None  # merged already
         gate, up = is_op(gate_value, "MatMul"), is_op(up_value, "MatMul")
         if gate is None or up is None or gate_value is None or up_value is None:
             self.fail("gate and up are not both products with a weight", product)
@@ -69,22 +86,31 @@ class FuseSwiGLU(FusionPass):
         if static_dim(gate.inputs[1], 1) != static_dim(up.inputs[1], 1):
             self.fail("gate and up have different widths", product)
             return None
-        if {n for n, _ in gate_value.uses()} != readers or len(up_value.uses()) != 1:
+        if gate_value.is_graph_output() or set(consumers(gate_value)) != readers or single_consumer(up_value) is None:
             self.fail("the gate or up projection has another use", product)
             return None
         return GatedUnit(product, gate, up)
+
+    def _explain(self, sigmoid: ir.Node) -> None:
+        """Say what is wrong with a sigmoid that is not silu's, unless it just gates something, as a shared expert."""
+        silu = next((user for user in consumers(sigmoid.outputs[0]) if user.op_type == "Mul"), None)
+        if silu is None or not _is_gated_unit(silu.outputs[0]):
+            return
+        if other_operand(silu, sigmoid.outputs[0]) is sigmoid.inputs[0]:
+            self.fail("the sigmoid of the gate has another use", sigmoid)
+        else:
+            self.fail("the sigmoid gates another tensor than its own input", sigmoid)
 
     def _rewrite(self, model: ir.Model, unit: GatedUnit) -> None:
         x, gate_weight, up_weight = unit.gate.inputs[0], unit.gate.inputs[1], unit.up.inputs[1]
         assert x is not None and gate_weight is not None and up_weight is not None
         assert gate_weight.const_value is not None and up_weight.const_value is not None
-        scope = _scope(gate_weight.name or "")
+        scope = _scope(unit.gate, gate_weight.name or "")
         merged = weights.concat([gate_weight.const_value, up_weight.const_value], 1)
         weight = add_initializer(model, f"{scope}gate_up_proj.weight", merged)
         projection = ir.node("MatMul", [x, weight], name=f"{scope}gate_up_proj")
-        split = ir.node(
-            "Split", [projection.outputs[0]], {"axis": -1, "num_outputs": 2}, num_outputs=2, name=f"{scope}gate_up.split"
-        )
+        halves = {"axis": -1, "num_outputs": 2}
+        split = ir.node("Split", [projection.outputs[0]], halves, num_outputs=2, name=f"{scope}gate_up.split")
         swish = ir.node("Swish", [split.outputs[0]], name=f"{scope}act_fn")
         product = ir.node("Mul", [swish.outputs[0], split.outputs[1]], name=f"{scope}gated")
         old = unit.product.outputs[0]
@@ -108,7 +134,20 @@ def _is_matrix(value: ir.Value | None) -> bool:
     return value is not None and value.const_value is not None and len(value.const_value.shape) == 2
 
 
-def _scope(weight: str) -> str:
-    """``model.layers.0.mlp.`` from ``model.layers.0.mlp.gate_proj.weight.transposed``; else a scope of the weight's own."""
-    found = re.match(r"(.*\.)gate_proj\.weight", weight)
+def _is_gated_unit(activated: ir.Value) -> bool:
+    """Whether ``activated`` is multiplied by a product with a weight matrix."""
+    product = single_consumer(activated)
+    if product is None or product.op_type != "Mul":
+        return False
+    up = is_op(other_operand(product, activated), "MatMul")
+    return up is not None and _is_matrix(up.inputs[1])
+
+
+def _scope(gate: ir.Node, weight: str) -> str:
+    """``model.layers.0.mlp.``, as told by the weight's name or by PyTorch's module scopes; else the weight's own."""
+    for told in (weight, gate.metadata_props.get("pkg.torch.onnx.name_scopes", "")):
+        found = re.search(r"(model\.layers\.\d+\.[\w.]*?)gate_proj\b", told)
+        if found:
+            return found[1]
+    found = re.match(r"(.*\.|)gate_proj\.weight", weight)
     return found[1] if found else f"{weight}."

@@ -40,5 +40,5 @@ def lower(model: ir.Model, target: str, *, weights: str = "copy") -> ir.Model:
     for rule in lowering_rules(target, weights=weights):
         rule(model)
         RemoveUnusedNodesPass()(model)
-    RemoveUnusedFunctionsPass()(model)
+    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     return model

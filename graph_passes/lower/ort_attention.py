@@ -3,6 +3,11 @@
 ONNX Runtime 1.32's CPU kernel rotates q and k itself when the head size is a multiple of 16; for a multiple of 8 the
 rotation stays outside, and other head sizes keep the function. Padding tokens count as tokens (``seqlens_k`` is
 ``cache_position + S - 1`` for every row): they stand behind the valid ones, so causality hides them.
+
+One thing the kernel does not do, and refuses when it runs ("batch_size must be 1 when sequence_length > 1 and past
+context is given"): several new tokens for several rows whose caches are part-filled. The runtime prefills such rows one
+by one, on views of the cache. An ``If`` with the function in its other branch would take them together at 4 us a layer,
+but hides every attention node in a subgraph.
 """
 
 from __future__ import annotations
@@ -35,15 +40,18 @@ class LowerAttention(FusionPass):
 
     def run(self, model: ir.Model) -> None:
         calls = [n for n in model.graph if n.op_type == GROUPED_QUERY_ATTENTION and n.domain == names.DOMAIN]
-        lengths: Lengths | None = None
+        known: dict[tuple[ir.Value | None, ir.Value | None], Lengths] = {}
         for node in calls:
             size = static_dim(node.inputs[3], -1)
             if size is None or size % 8:
-                self.fail(f"a head size of {size} is no multiple of 8: the attention runs from standard operators", node)
+                self.fail(
+                    f"a head size of {size} is no multiple of 8: the attention runs from standard operators", node
+                )
                 continue
-            if lengths is None:
-                lengths = _lengths(model, self.name)
-            self._rewrite(model, node, lengths, rotates=size % 16 == 0)
+            source = (node.inputs[7], node.inputs[8])
+            if source not in known:
+                known[source] = _lengths(model, node, self.name)
+            self._rewrite(model, node, known[source], rotates=size % 16 == 0)
 
     def _rewrite(self, model: ir.Model, node: ir.Node, lengths: Lengths, *, rotates: bool) -> None:
         q, k, v, past_key, past_value, cos, sin, position_ids, _ = node.inputs
@@ -53,7 +61,10 @@ class LowerAttention(FusionPass):
             rotated = []
             for value, count, role in ((q, heads, "q"), (k, kv_heads, "k")):
                 rotation = ir.node(
-                    "RotaryEmbedding", [value, cos, sin, position_ids], {"num_heads": count}, name=f"{node.name}.rotary_{role}"
+                    "RotaryEmbedding",
+                    [value, cos, sin, position_ids],
+                    {"num_heads": count},
+                    name=f"{node.name}.rotary_{role}",
                 )
                 assert value is not None
                 rotation.outputs[0].name = f"{rotation.name}.output"
@@ -88,11 +99,11 @@ class LowerAttention(FusionPass):
         self.matches += 1
 
 
-def _lengths(model: ir.Model, rule: str) -> Lengths:
-    inputs = {value.name: value for value in model.graph.inputs}
-    tokens, starts = inputs[names.INPUT_IDS], inputs[names.CACHE_POSITION]
+def _lengths(model: ir.Model, attention: ir.Node, rule: str) -> Lengths:
+    """Compute the lengths from ``attention``'s position_ids [B, S] and cache_position [B]."""
+    positions, starts = attention.inputs[7], attention.inputs[8]
     one = constant(model, "attention.one", np.array([1], np.int32))
-    count = ir.node("Shape", [tokens], {"start": 1, "end": 2}, name="attention.new_tokens")
+    count = ir.node("Shape", [positions], {"start": 1, "end": 2}, name="attention.new_tokens")
     end = ir.node("Add", [starts, count.outputs[0]], name="attention.end")
     narrowed = ir.node("Cast", [end.outputs[0]], {"to": ir.DataType.INT32.value}, name="attention.end.int32")
     last = ir.node("Sub", [narrowed.outputs[0], one], name="attention.last_key")
@@ -104,5 +115,6 @@ def _lengths(model: ir.Model, rule: str) -> Lengths:
         tag(node, rule)
         node.outputs[0].name = f"{node.name}.output"
         node.outputs[0].shape, node.outputs[0].type = shape, kind
-    model.graph.insert_before(model.graph[0], nodes)
+    given = all(value is not None and value.is_graph_input() for value in (positions, starts))
+    model.graph.insert_before(model.graph[0] if given else attention, nodes)
     return Lengths(last.outputs[0], total.outputs[0])

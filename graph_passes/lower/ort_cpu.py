@@ -1,7 +1,8 @@
 """ONNX Runtime on a CPU: the rules in order.
 
 Each replaces portable operators by ``com.microsoft`` ones that compute the same; weights stay lazy. A form that ONNX
-Runtime's kernels refuse (a head size that is no multiple of 8, say) keeps its portable function, which runs from its body.
+Runtime's kernels refuse (a head size that is no multiple of 8, say) keeps its portable function, which runs from its
+body.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from qwenforge.graph_passes.lower.ort_moe import LowerMixtureOfExperts
 from qwenforge.graph_passes.lower.ort_skip_norm import FuseResidualNorm
 from qwenforge.graph_passes.lower.ort_swish import SwishToQuickGelu
 from qwenforge.graph_passes.lower.qkv_packing import PackQKV
+from qwenforge.graph_passes.lower.unmerge import UnmergeProjections
 
 
 def ort_cpu_rules(*, weights: str = "copy") -> list[FusionPass]:
     """The lowering; with ``weights="link"`` no weight matrix is merged or transposed."""
     linked = weights == "link"
-    layout: list[FusionPass] = [MatMulByStoredWeight()] if linked else [PackQKV(), TiedVocabularyProjection()]
+    layout: list[FusionPass] = [PackQKV(), TiedVocabularyProjection()]
+    if linked:
+        layout = [UnmergeProjections(), MatMulByStoredWeight()]
     return [
-        FoldWeightTransforms(),
+        FoldWeightTransforms(),  # the cast of the rotary tables in a half-precision model
         LowerAttention(),
         *layout,
         LowerMixtureOfExperts(),

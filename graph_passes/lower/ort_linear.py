@@ -6,6 +6,7 @@ tied to the embedding, which would otherwise be stored a second time, transposed
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -41,7 +42,7 @@ class TiedVocabularyProjection(FusionPass):
     name: ClassVar[str] = "tied_vocabulary"
 
     def run(self, model: ir.Model) -> None:
-        tables = {}
+        tables: dict[Hashable, ir.Value] = {}
         for node in model.graph:
             if node.op_type == "Gather" and not node.domain and node.inputs[0] is not None:
                 table = node.inputs[0]
@@ -51,9 +52,9 @@ class TiedVocabularyProjection(FusionPass):
             weight = node.inputs[1] if node.op_type == "MatMul" and not node.domain else None
             if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
                 continue
-            table = tables.get(weights.plan_key(weights.transpose(weight.const_value, [1, 0])))
-            if table is not None:
-                multiply_transposed(model, node, table, self.name)
+            tied = tables.get(weights.plan_key(weights.transpose(weight.const_value, [1, 0])))
+            if tied is not None:
+                multiply_transposed(model, node, tied, self.name)
                 self.matches += 1
 
 

@@ -1,7 +1,8 @@
 """``qwenforge::MixtureOfExperts`` -> ``com.microsoft::MoE``: SwiGLU fused, gate and up rows interleaved.
 
 The kernel takes the router's logits, computes their softmax over all experts and keeps the probabilities as they are
-unless ``normalize_routing_weights`` is set, which is Qwen2-MoE exactly.
+unless ``normalize_routing_weights`` is set, which is Qwen2-MoE exactly. Of experts with equal logits at the border of
+the top k it keeps the last ones, where ``TopK`` keeps the first and ``torch.topk`` (transformers) none in particular.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class LowerMixtureOfExperts(FusionPass):
             x, logits, gate_up, down = node.inputs
             if gate_up is None or down is None or gate_up.const_value is None or down.const_value is None:
                 self.fail("the expert weights are not initializers", node)
+                continue
+            if x is None or logits is None or x.dtype != logits.dtype:
+                # A cast to fp16 could choose other experts.
+                self.fail("the router's logits are of another dtype than the tokens", node)
                 continue
             interleaved = weights.interleave_rows(gate_up.const_value)
             first = add_initializer(model, f"{gate_up.name}.interleaved", interleaved)

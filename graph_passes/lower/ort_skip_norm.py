@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qwenforge.graph_passes.infra import FusionPass, int_attribute, is_op, tag
+from qwenforge.graph_passes.infra import FusionPass, float_attribute, int_attribute, is_op, tag
 
 
 class FuseResidualNorm(FusionPass):
@@ -21,8 +21,9 @@ class FuseResidualNorm(FusionPass):
             added = is_op(node.inputs[0], "Add")
             if added is None or added.inputs[0] is None or added.inputs[1] is None:
                 continue
-            if not _same_shape(added) or int_attribute(node, "axis", -1) not in (-1, 2):
-                self.fail("the sum before the norm broadcasts, or the norm is not over the last axis", node)
+            reason = _obstacle(added, node)
+            if reason is not None:
+                self.fail(reason, node)
                 continue
             self._rewrite(model, added, node)
 
@@ -30,7 +31,7 @@ class FuseResidualNorm(FusionPass):
         fused = ir.node(
             "SkipSimplifiedLayerNormalization",
             [*added.inputs, norm.inputs[1]],
-            {"epsilon": norm.attributes["epsilon"].as_float()},
+            {"epsilon": float_attribute(norm, "epsilon", 1e-5)},
             domain="com.microsoft",
             num_outputs=4,
             name=norm.name,
@@ -49,10 +50,28 @@ class FuseResidualNorm(FusionPass):
         self.matches += 1
 
 
-def _same_shape(added: ir.Node) -> bool:
-    """Whether both operands are known to have the sum's rank and last dimension (a bias has not)."""
-    first, second = (value.shape if value is not None else None for value in added.inputs)
-    if first is None or second is None:
+def _obstacle(added: ir.Node, norm: ir.Node) -> str | None:
+    """Why the two nodes are not one residual norm of the kernel's kind, None when they are."""
+    first, second = added.inputs
+    scale, total = norm.inputs[1], added.outputs[0]
+    if any(value is None or value.const_value is not None for value in (first, second)):
+        return "a constant is added before the norm"
+    if not _same_shape(first, second):
+        return "the sum before the norm broadcasts, or its operands' shapes are unknown"
+    if int_attribute(norm, "axis", -1) not in (-1, 2):
+        return "the norm is not over the last axis"
+    if int_attribute(norm, "stash_type", ir.DataType.FLOAT) != ir.DataType.FLOAT:
+        return "the norm does not compute in fp32"
+    if scale is None or scale.producer() is not None or scale.dtype != total.dtype:
+        return "the norm's scale is computed, or of another dtype than what it scales"
+    return None
+
+
+def _same_shape(first: ir.Value | None, second: ir.Value | None) -> bool:
+    """Whether both are [B, S, C] of one C; a dimension of 1 against another would broadcast."""
+    if first is None or second is None or first.shape is None or second.shape is None:
         return False
-    constants = any(value is not None and value.const_value is not None for value in added.inputs)
-    return not constants and len(first) == len(second) == 3 and first[2] == second[2]
+    if len(first.shape) != 3 or len(second.shape) != 3 or not isinstance(first.shape[2], int):
+        return False
+    broadcasts = any((one == 1) != (other == 1) for one, other in zip(first.shape, second.shape, strict=True))
+    return first.shape[2] == second.shape[2] and not broadcasts

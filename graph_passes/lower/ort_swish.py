@@ -1,4 +1,4 @@
-"""``Swish`` -> ``com.microsoft::QuickGelu`` with alpha 1, the same function in a vectorized kernel (1.7x faster here)."""
+"""``Swish`` -> ``com.microsoft::QuickGelu``, the same function in a vectorized kernel (1.7x faster here)."""
 
 from __future__ import annotations
 

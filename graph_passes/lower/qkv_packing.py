@@ -81,4 +81,6 @@ def _projection(value: ir.Value | None) -> Projection | None:
     weight = product.inputs[1]
     if weight.const_value is None or len(weight.const_value.shape) != 2:
         return None
+    if bias is not None and static_dim(bias, 0) != static_dim(weight, 1):
+        return None  # a bias of one element, broadcast
     return Projection(product.inputs[0], weight, bias, value)

@@ -140,4 +140,7 @@ def print_table(results: list[Measurement], workload: Workload) -> None:
             f"{result.peak_rss_bytes / 1e6:.0f}",
             f"{ttft.median / first.ttft_ms.median:.2f}, {rate.median / first.tokens_per_second.median:.2f}",
         )
-    Console().print(table)
+    console = Console()
+    # Figures are not folded where the output is a pipe (80 columns) or a narrow terminal.
+    console.width = max(console.width, 120)
+    console.print(table)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qwenforge.cli.arguments import add_json, add_target
+from qwenforge.cli.arguments import add_json, add_target, positive_int
 from qwenforge.cli.base import EXIT_DONE, EXIT_USER_ERROR, Command
 from qwenforge.errors import GraphError, UserError
 
@@ -36,6 +36,12 @@ class Optimize(Command):
         parser.add_argument("model", metavar="IN.onnx", type=Path, help="the model to rewrite; it is not changed")
         parser.add_argument("-o", "--output", metavar="OUT.onnx", type=Path, required=True, help="where to write it")
         add_target(parser, default="portable")
+        parser.add_argument(
+            "--max-length",
+            metavar="N",
+            type=positive_int,
+            help="longest context: rows of the rotary tables (default: 32768)",
+        )
         parser.add_argument("--verify", action="store_true", help="compare the outputs before and after every rule")
         parser.add_argument(
             "--disable", metavar="RULE", action="append", default=[], help="leave out a rule (may be repeated)"
@@ -48,12 +54,10 @@ class Optimize(Command):
 
         _refuse_output(args.model, args.output)
         model = _load(args.model)
-        result = optimize(model, target=args.target, verify=args.verify, disable=args.disable)
-        skipped: tuple[Skipped, ...] = ()
-        if args.verify:
-            from qwenforge.graph_passes.verify import inexpressible_scenarios
-
-            skipped = inexpressible_scenarios(model)
+        result = optimize(
+            model, target=args.target, verify=args.verify, disable=args.disable, positions=args.max_length
+        )
+        skipped = result.skipped
         save_model(result.model, args.output)
         _print(args, result, skipped)
         return EXIT_USER_ERROR if result.refused else EXIT_DONE
@@ -107,6 +111,7 @@ def _print(args: argparse.Namespace, result: PipelineResult, skipped: tuple[Skip
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
+    console.width = max(console.width, 110)  # figures are not folded in a pipe
     console.print(report.as_table(result))
     for line in report.notes(result, skipped=skipped):
         console.print(line, style="red" if line.startswith("REFUSED") else None, markup=False)

@@ -1,0 +1,229 @@
+"""qwenforge against onnxruntime-genai on one random checkpoint, fp32, CPU: ``python -m qwenforge.bench.against_peers``.
+
+Each engine has a process of its own; they take turns, run by run, in an order that rotates, so that a drift of the
+machine meets all of them. Times are medians over the rounds with the smallest and the largest; a ratio is the median of
+the rounds' own ratios, each between neighbours in time. On a machine that others use, look at ``best`` too: the ratio
+of each engine's best round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwenforge.bench.latency import Spread
+from qwenforge.bench.peers import genai
+from qwenforge.bench.peers.process import MeasuredProcess
+from qwenforge.bench.peers.random_checkpoint import GEOMETRIES, write_random_checkpoint
+from qwenforge.errors import UserError
+
+EXAMPLE = "python -m qwenforge.bench.against_peers --work /tmp/peers --prompt-tokens 128,512 --json peers.json"
+
+
+@dataclass
+class Figures:
+    """What one engine showed, a value for each round.
+
+    Attributes:
+        ttft_ms: time to first token by prompt length.
+        tokens_per_second: while decoding, the first token not counted, by prompt length.
+        peak_rss_bytes: largest memory of its process.
+    """
+
+    ttft_ms: dict[int, list[float]] = field(default_factory=dict)
+    tokens_per_second: dict[int, list[float]] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+
+    def add(self, prompt_tokens: int, times: Sequence[float], peak: int) -> None:
+        """Record one run."""
+        seconds = np.diff(times)
+        self.ttft_ms.setdefault(prompt_tokens, []).append(float(seconds[0]) * 1e3)
+        self.tokens_per_second.setdefault(prompt_tokens, []).append(len(seconds[1:]) / float(seconds[1:].sum()))
+        self.peak_rss_bytes = peak
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepare what is missing, measure, print the table; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        report = compare(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    _print_table(report)
+    if args.json is not None:
+        partial = args.json.with_name(f".{args.json.name}.partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(args.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qwenforge.bench.against_peers",
+        description="Measure qwenforge and onnxruntime-genai (its own fp32 graph in its own runtime) on a random "
+        "checkpoint, in one sitting. The checkpoint, the peer's environment and both exports are made in --work on the "
+        "first run (some minutes and 7 GB for qwen2-0.5b) and kept. Quiet the machine first: believe ratios, "
+        "not times.",
+        epilog=f"example:\n  {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for everything made")
+    parser.add_argument("--geometry", choices=list(GEOMETRIES), default="qwen2-0.5b", help="default: qwen2-0.5b")
+    parser.add_argument("--prompt-tokens", type=_counts, default=[128, 512], metavar="N,...", help="default: 128,512")
+    parser.add_argument("--new-tokens", type=_count, default=33, metavar="N", help="tokens of each run (default: 33)")
+    parser.add_argument("--rounds", type=_count, default=7, metavar="R", help="counted runs of each (default: 7)")
+    parser.add_argument("--threads", type=_count, default=2, metavar="N", help="threads of each engine (default: 2)")
+    parser.add_argument("--weights", choices=["copy", "link"], default="copy", help="of our export (default: copy)")
+    parser.add_argument("--peer-python", type=Path, metavar="PATH", help="an interpreter that has onnxruntime-genai")
+    parser.add_argument("--last-token-head", action="store_true", help="also the peer with prune_lm_head=true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2")
+    return number
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure; see :func:`main` for the arguments.
+
+    Returns:
+        ``settings``, and for each engine its ``figures`` and its ``ratio`` (ours over the peer's, by prompt length).
+
+    Raises:
+        UserError: an engine cannot be built or loaded.
+    """
+    folder = args.work / args.geometry
+    vocab_size = int(GEOMETRIES[args.geometry]["vocab_size"])
+    _tell("checkpoint")
+    checkpoint = write_random_checkpoint(folder / "checkpoint", args.geometry)
+    python = args.peer_python or genai.environment(args.work / "genai-environment")
+    builds: dict[str, tuple[str, ...]] = {"onnxruntime-genai": ()}
+    if args.last_token_head:
+        builds["onnxruntime-genai, last-token head"] = ("prune_lm_head=true",)
+    starts: dict[str, tuple[list[str | Path], dict[str, Any]]] = {}
+    _tell("export")
+    bundle = _export(checkpoint, folder / f"qwenforge-{args.weights}", args.weights)
+    worker: list[str | Path] = [sys.executable, "-m", "qwenforge.bench.worker"]
+    starts["qwenforge"] = (worker, {"bundle": str(bundle), "threads": args.threads})
+    for name, options in builds.items():
+        _tell(f"{name}: build")
+        target = folder / "-".join(["genai", *(option.split("=")[0] for option in options)])
+        model = genai.build(python, checkpoint, target, threads=args.threads, options=options)
+        starts[name] = ([python, genai.WORKER], {"model": str(model), "vocab_size": vocab_size})
+    figures = _measure(starts, args.prompt_tokens, args.new_tokens, args.rounds)
+    return {
+        "settings": {
+            "geometry": args.geometry,
+            "new_tokens": args.new_tokens,
+            "rounds": args.rounds,
+            "threads": args.threads,
+            "weights": args.weights,
+            "peer": genai.version(python),
+        },
+        "engines": {name: _summary(found, figures["qwenforge"]) for name, found in figures.items()},
+    }
+
+
+def _export(checkpoint: Path, bundle: Path, weights: str) -> Path:
+    """Always anew: the export is ours to measure, and what is there may be of older code."""
+    from qwenforge.engine.export import export_checkpoint
+
+    export_checkpoint(
+        checkpoint, bundle, target="ort-cpu", dtype="fp32", weights=weights, max_length=2048, verify_result=False
+    )
+    return bundle
+
+
+def _measure(
+    starts: dict[str, tuple[list[str | Path], dict[str, Any]]], lengths: list[int], new_tokens: int, rounds: int
+) -> dict[str, Figures]:
+    figures = {name: Figures() for name in starts}
+    with ExitStack() as stack:
+        processes = []
+        for name, (command, arguments) in starts.items():
+            _tell(f"{name}: load")
+            process = MeasuredProcess(command, name.split(",")[0], arguments)
+            processes.append((name, stack.enter_context(process)))
+        for turn in range(rounds + 1):  # the first warms up
+            _tell(f"round {turn} of {rounds}" if turn else "warm-up")
+            for length in lengths:
+                start = turn % len(processes)
+                for name, process in processes[start:] + processes[:start]:
+                    times, peak = process.run(prompt_tokens=length, new_tokens=new_tokens, seed=turn)
+                    if turn:
+                        figures[name].add(length, times, peak)
+    return figures
+
+
+def _summary(found: Figures, ours: Figures) -> dict[str, Any]:
+    lengths = {}
+    for length, first in found.ttft_ms.items():
+        rate = found.tokens_per_second[length]
+        lengths[str(length)] = {
+            "ttft_ms": vars(Spread.of(first)),
+            "tokens_per_second": vars(Spread.of(rate)),
+            "our_ttft_ratio": vars(Spread.of(_ratios(ours.ttft_ms[length], first))),
+            "our_tokens_per_second_ratio": vars(Spread.of(_ratios(ours.tokens_per_second[length], rate))),
+            "our_best_ttft_ratio": min(ours.ttft_ms[length]) / min(first),
+            "our_best_tokens_per_second_ratio": max(ours.tokens_per_second[length]) / max(rate),
+            "rounds": {"ttft_ms": first, "tokens_per_second": rate},
+        }
+    return {"peak_rss_bytes": found.peak_rss_bytes, "prompt_tokens": lengths}
+
+
+def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+
+
+def _tell(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def _print_table(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = report["settings"]
+    title = f"{settings['geometry']} fp32, {settings['threads']} threads, {settings['rounds']} rounds: median [min-max]"
+    table = Table(title=title, caption=f"ratios are qwenforge's figure over this engine's; {settings['peer']}")
+    for column in ("engine", "prompt", "TTFT ms", "ratio", "best", "tokens/s", "ratio", "best", "peak RSS MB"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for name, engine in report["engines"].items():
+        for length, found in engine["prompt_tokens"].items():
+            table.add_row(
+                name,
+                length,
+                _spread(found["ttft_ms"], ".0f"),
+                _spread(found["our_ttft_ratio"], ".2f"),
+                f"{found['our_best_ttft_ratio']:.2f}",
+                _spread(found["tokens_per_second"], ".1f"),
+                _spread(found["our_tokens_per_second_ratio"], ".2f"),
+                f"{found['our_best_tokens_per_second_ratio']:.2f}",
+                f"{engine['peak_rss_bytes'] / 1e6:.0f}",
+            )
+    Console(width=140).print(table)
+
+
+def _spread(values: dict[str, float], form: str) -> str:
+    return f"{values['median']:{form}} [{values['low']:{form}}-{values['high']:{form}}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The comparison with peers, without a peer: its processes, its arithmetic, its checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenforge.bench import against_peers
+from qwenforge.bench.against_peers import Figures, main
+from qwenforge.bench.peers.process import MeasuredProcess
+from qwenforge.bench.peers.random_checkpoint import write_random_checkpoint
+from qwenforge.errors import UserError
+from qwenforge.exporter.checkpoint import Checkpoint
+
+WORKER = """
+import json, sys
+setup = json.loads(input())
+if setup["arguments"].get("broken"):
+    print(json.dumps({"error": "no such model"})); sys.exit(1)
+print(json.dumps({"description": setup["subject"], "vocab_size": 8}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["prompt_tokens"] == 13:
+        sys.exit(7)
+    times = [0.0, request["prompt_tokens"] / 1000] + [request["prompt_tokens"] / 1000 + i / 100 for i in (1, 2, 3)]
+    print(json.dumps({"times": times[: request["new_tokens"] + 1], "peak_rss_bytes": 1 << 40}), flush=True)
+"""
+COMMAND = [sys.executable, "-c", WORKER]
+
+
+def test_process_answers_with_times_and_its_own_memory() -> None:
+    """What the worker reports is replaced by the kernel's mark: under Linux getrusage inherits the parent's peak."""
+    with MeasuredProcess(COMMAND, "fake", {}) as process:
+        times, peak = process.run(prompt_tokens=128, new_tokens=4, seed=0)
+    assert times == pytest.approx([0.0, 0.128, 0.138, 0.148, 0.158])
+    assert (peak < 200 << 20) == Path("/proc/self/status").is_file()
+
+
+def test_engine_that_cannot_be_loaded_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="no such model"):
+        MeasuredProcess(COMMAND, "fake", {"broken": True})
+
+
+def test_engine_that_dies_is_named_with_its_exit_code() -> None:
+    with MeasuredProcess(COMMAND, "fake", {}) as process, pytest.raises(RuntimeError, match="fake ended with exit code 7"):
+        process.run(prompt_tokens=13, new_tokens=4, seed=0)
+
+
+def test_first_token_and_decoding_are_measured_apart() -> None:
+    figures = Figures()
+    figures.add(128, [1.0, 1.5, 1.6, 1.7], 5)
+    assert figures.ttft_ms == {128: [pytest.approx(500)]}
+    assert figures.tokens_per_second == {128: [pytest.approx(10)]}
+    assert figures.peak_rss_bytes == 5
+
+
+def test_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
+    """A disturbance that meets both engines of a round leaves its ratio alone."""
+    ours = Figures({16: [10.0, 40.0, 10.0]}, {16: [20.0, 5.0, 20.0]}, 1)
+    theirs = Figures({16: [20.0, 80.0, 40.0]}, {16: [10.0, 2.5, 10.0]}, 2)
+    found = against_peers._summary(theirs, ours)["prompt_tokens"]["16"]
+    assert found["our_ttft_ratio"] == {"median": 0.5, "low": 0.25, "high": 0.5}
+    assert found["our_tokens_per_second_ratio"]["median"] == 2.0
+    assert found["our_best_ttft_ratio"] == 0.5 and found["our_best_tokens_per_second_ratio"] == 2.0
+
+
+def test_random_checkpoint_is_complete_and_written_once(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "tiny", "tiny")
+    source = Checkpoint.open(folder)
+    assert source.config.num_hidden_layers == 2 and source.config.tie_word_embeddings
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    write_random_checkpoint(folder, "tiny")
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and against_peers.EXAMPLE in capsys.readouterr().out
+
+
+def test_bad_count_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--work", "unused", "--new-tokens", "1"])
+    assert ended.value.code == 2 and "less than 2" in capsys.readouterr().err
