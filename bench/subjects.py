@@ -42,9 +42,8 @@ class QwenforgeSubject:
     def steps(self, prompts: Tokens, new_tokens: int) -> list[float]:
         """See :class:`Subject`."""
         times = [time.perf_counter()]
-        seen = 0
-        for _ in self._model.stream(prompts, max_new_tokens=new_tokens, ignore_eos=True):
-            seen += 1
+        events = self._model.stream(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+        for seen, _ in enumerate(events, start=1):
             if seen % len(prompts) == 0:
                 times.append(time.perf_counter())
         return times

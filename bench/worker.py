@@ -28,7 +28,9 @@ def main() -> int:
     from qwenforge.errors import UserError
 
     setup = json.loads(sys.stdin.readline())
-    arguments = {name: Path(value) if name in ("bundle", "checkpoint") else value for name, value in setup["arguments"].items()}
+    arguments = {
+        name: Path(value) if name in ("bundle", "checkpoint") else value for name, value in setup["arguments"].items()
+    }
     try:
         subject = SUBJECTS[setup["subject"]](**arguments)
     except UserError as error:

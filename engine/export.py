@@ -1,6 +1,6 @@
 """From a checkpoint folder to a verified bundle: the whole pipeline in order.
 
-    read -> trace one layer of each kind -> fuse -> copy to full depth -> lower -> stream weights -> verify -> commit
+read -> trace one layer of each kind -> fuse -> copy to full depth -> lower -> stream weights -> verify -> commit
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def export_checkpoint(
         UserError: the checkpoint is damaged or unsupported, the output is not replaceable, or the result is wrong.
     """
     clock = _Clock(progress)
-    source = Checkpoint.open(checkpoint)
+    source = Checkpoint.open(Path(checkpoint))
     chosen = resolve_dtype(target, dtype)
     length = _context_length(source, max_length)
     if weights not in ("copy", "link"):
@@ -127,7 +127,9 @@ def export_checkpoint(
         clock.start("lower")
         final = lower(portable, target, weights=weights)
         clock.start("write weights")
-        links = link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
+        links = (
+            link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
+        )
         saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
         _drop_unused_links(writer.directory, saved.linked_bytes, links)
         report = None

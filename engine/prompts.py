@@ -12,7 +12,7 @@ TEXTS = (
     "Return a copy of the string with leading and trailing whitespace removed.",
     "Once upon a time, in a village at the edge of a great forest, there lived",
     "1, 1, 2, 3, 5, 8, 13,",
-    "Licensed under the Apache License, Version 2.0 (the \"License\"); you may not use this file except",
+    'Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except',
     "今天天气很好，",
     "x",
 )

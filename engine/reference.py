@@ -42,7 +42,11 @@ class Reference:
             model.set_experts_implementation("eager")
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         self._model: Any = model
-        owners = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm, "lm_head": model.lm_head}
+        owners = {
+            "model.embed_tokens": model.model.embed_tokens,
+            "model.norm": model.model.norm,
+            "lm_head": model.lm_head,
+        }
         owners |= {f"model.layers.{index}": layer for index, layer in enumerate(model.model.layers)}
         for name, module in owners.items():
             self._stream(name, module)

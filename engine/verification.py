@@ -1,7 +1,7 @@
 """Compare an exported model with transformers on the same checkpoint: logits, and the tokens they choose.
 
-*Whole model*: 8 prompts of unequal length are prefilled in one right-padded batch, then both sides decode 64 tokens, the
-reference choosing greedily and both being fed its choice, so that every step compares like with like.
+*Whole model*: 8 prompts of unequal length are prefilled in one right-padded batch, then both sides decode 64 tokens,
+the reference choosing greedily and both being fed its choice, so that every step compares like with like.
 
 *Layer by layer*, for a model whose weights do not fit in memory twice: both sides hold one layer's weights at a time.
 Greedy decoding would read all weights 64 times, so the 64 tokens after each prompt are given; the choice is compared at
@@ -26,8 +26,8 @@ from qwenforge.exporter.checkpoint import Checkpoint
 PROMPTS = 8
 NEW_TOKENS = 64
 LOGIT_BOUND = {ir.DataType.FLOAT: 2e-4, ir.DataType.FLOAT16: 1.6e-1}
-"""Largest accepted logit difference. fp32: different summation orders only. fp16: one percent of LOGIT_SCALE, some twenty
-roundings of 2^-11 in a row; a wrong graph is off by whole units."""
+"""Largest accepted logit difference. fp32: different summation orders only. fp16: one percent of LOGIT_SCALE, some
+twenty roundings of 2^-11 in a row; a wrong graph is off by whole units."""
 LOGIT_SCALE = 16.0
 """Above this largest logit the bound grows in proportion, as rounding errors do."""
 
@@ -148,7 +148,9 @@ def verify(
         references=comparison.samples,
     )
     if comparison.non_finite:
-        raise VerificationError(f"the exported model or transformers gives logits that are not finite ({comparison.worst}).")
+        raise VerificationError(
+            f"the exported model or transformers gives logits that are not finite ({comparison.worst})."
+        )
     if not comparison.ok:
         raise VerificationError(
             f"the exported model differs from transformers: logits by {report.max_abs_error:.2e} "

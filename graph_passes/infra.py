@@ -152,7 +152,9 @@ def add_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir
     while unique in model.graph.initializers:
         count += 1
         unique = f"{name}_{count}"
-    value = ir.Value(name=unique, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=unique, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     model.graph.register_initializer(value)
     return value
 

@@ -35,7 +35,7 @@ def ancestors(values: Sequence[ir.Value], stop: Sequence[ir.Value] = ()) -> list
 
 
 def leaves(nodes: Sequence[ir.Node], values: Sequence[ir.Value]) -> list[ir.Value]:
-    """Values that ``nodes`` (or ``values`` directly) read and do not produce, initializers excluded, in first-use order."""
+    """Values that ``nodes`` (or ``values`` directly) read and do not produce, without initializers, in order of use."""
     produced = {output for node in nodes for output in node.outputs}
     read = [value for node in nodes for value in node.inputs if value is not None]
     read += [value for value in values if value not in produced]

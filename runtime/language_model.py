@@ -256,8 +256,11 @@ def _within(name: str, asked: int | None, limit: Limit) -> int | Limit:
         return limit
     if asked < 1:
         raise UserError(f"{name} is {asked}: give at least 1")
-    if limit is not None and asked > limit:
-        raise UserError(f"{name} is {asked}, above the bundle's limit of {limit}: lower it or export with a larger one")
+    largest: int | None = limit
+    if largest is not None and asked > largest:
+        raise UserError(
+            f"{name} is {asked}, above the bundle's limit of {largest}: lower it or export with a larger one"
+        )
     return asked
 
 

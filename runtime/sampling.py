@@ -73,7 +73,7 @@ def penalize_repetition(scores: Scores, seen: Iterable[int], penalty: float) -> 
     """Make ``seen`` tokens less likely: a positive score is divided, a negative one multiplied by ``penalty``."""
     tokens = np.unique(np.fromiter(seen, np.int64))
     tokens = tokens[tokens < scores.size]
-    result = scores.copy()
+    result: Scores = scores.copy()
     picked = scores[tokens]
     result[tokens] = np.where(picked < 0, picked * np.float32(penalty), picked / np.float32(penalty))
     return result
@@ -81,7 +81,8 @@ def penalize_repetition(scores: Scores, seen: Iterable[int], penalty: float) -> 
 
 def scale_temperature(scores: Scores, temperature: float) -> Scores:
     """Divide by ``temperature``."""
-    return scores / np.float32(temperature)
+    scaled: Scores = scores / np.float32(temperature)
+    return scaled
 
 
 def keep_top_k(scores: Scores, top_k: int) -> Scores:

@@ -127,9 +127,7 @@ def _is_anchor(node: ir.Node) -> bool:
     return node.op_type == "Attention" or shape is None or len(shape) == 4
 
 
-def _match_layer(
-    model: ir.Model, anchor: ir.Node, signature: Signature, proven: dict[ir.Value, CausalMask]
-) -> Layer:
+def _match_layer(model: ir.Model, anchor: ir.Node, signature: Signature, proven: dict[ir.Value, CausalMask]) -> Layer:
     scores = _attention_op(anchor) if anchor.op_type == "Attention" else _softmax_attention(anchor)
     rotary = is_op(scores.query, "RotaryEmbedding")
     if rotary is None or len(rotary.inputs) < 4 or rotary.inputs[3] is None:
@@ -154,9 +152,7 @@ def _match_layer(
     if scores.mask not in proven:
         proven[scores.mask] = prove_causal(model, scores.mask, signature)
     output = _merged_output(scores.output, query_heads)
-    return Layer(
-        anchor, rotary, query_heads, key_heads, value_heads, cache, scores.scale, proven[scores.mask], output
-    )
+    return Layer(anchor, rotary, query_heads, key_heads, value_heads, cache, scores.scale, proven[scores.mask], output)
 
 
 def _attention_op(node: ir.Node) -> Scores:
@@ -181,10 +177,11 @@ def _softmax_attention(softmax: ir.Node) -> Scores:
     masked = is_op(_through(softmax.inputs[0], "Cast"), "Add")
     if masked is None or int_attribute(softmax, "axis", -1) not in (-1, 3):
         raise GraphError("the scores have no mask added before a softmax over the keys")
-    for scored, mask in (masked.inputs, list(reversed(masked.inputs))):
-        product, scale = _unscaled(scored)
-        if product is not None:
-            break
+    mask = masked.inputs[1]
+    product, scale = _unscaled(masked.inputs[0])
+    if product is None:
+        mask = masked.inputs[0]
+        product, scale = _unscaled(masked.inputs[1])
     if product is None or mask is None:
         raise GraphError("the softmax is not over query @ key^T plus a mask")
     query, query_scale = _scaled(product.inputs[0])
@@ -277,9 +274,9 @@ def _untransposed(value: ir.Value) -> ir.Value:
     outer = is_op(value, "Reshape")
     middle = is_op(outer.inputs[0], "Transpose") if outer is not None else None
     inner = is_op(middle.inputs[0], "Reshape") if middle is not None else None
-    if middle is not None and inner is not None and ints_attribute(middle, "perm") == [0, 2, 1]:
-        if inner.inputs[0] is not None:
-            return inner.inputs[0]
+    source = inner.inputs[0] if inner is not None else None
+    if middle is not None and source is not None and ints_attribute(middle, "perm") == [0, 2, 1]:
+        return source
     raise GraphError("the query is not multiplied by a transposed key")
 
 
@@ -345,7 +342,11 @@ def _merged_output(output: ir.Value, heads: Heads) -> ir.Value:
     if reshape is None or reshape.op_type != "Reshape":
         raise GraphError("the attention output's heads are not joined by a Reshape")
     merged = reshape.outputs[0]
-    if merged.shape is None or len(merged.shape) != 3 or static_dim(merged, -1) not in (None, heads.num_heads * heads.head_size):
+    if (
+        merged.shape is None
+        or len(merged.shape) != 3
+        or static_dim(merged, -1) not in (None, heads.num_heads * heads.head_size)
+    ):
         raise GraphError("the joined attention output is not [batch, sequence, heads * head size]")
     return merged
 
@@ -375,8 +376,10 @@ def _fused_node(
         caches[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
         past.append(caches[name])
     scope = layer_scope(layer.output) or f"model.layers.{index}."
-    operands = [_flat(model, part, layer.anchor, scope, role, rule)
-                for part, role in ((layer.query, "q"), (layer.key, "k"), (layer.value, "v"))]
+    operands = [
+        _flat(model, part, layer.anchor, scope, role, rule)
+        for part, role in ((layer.query, "q"), (layer.key, "k"), (layer.value, "v"))
+    ]
     node = ir.node(
         OP,
         [*operands, *past, *layer.rotary.inputs[1:4], cache_position],

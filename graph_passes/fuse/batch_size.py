@@ -1,7 +1,7 @@
 """Read the batch size off ``input_ids`` wherever an exporter read it off a mask or a cache.
 
-``torch.export`` knows that the batch dimensions of all inputs are equal and takes whichever it likes; once a cache has a
-fixed capacity or the padding mask is gone, only ``input_ids`` is there to ask.
+``torch.export`` knows that the batch dimensions of all inputs are equal and takes whichever it likes; once a cache has
+a fixed capacity or the padding mask is gone, only ``input_ids`` is there to ask.
 """
 
 from __future__ import annotations

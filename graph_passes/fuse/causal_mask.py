@@ -100,7 +100,12 @@ def _causal(probe: Probe, window: int) -> npt.NDArray[np.bool_]:
 
 def _window(model: ir.Model, mask: ir.Value, signature: Signature) -> int:
     """Tokens that the last query of a long context sees; 0 when it sees all."""
-    for probe in (Probe(1, _LONG_PAST, 1), Probe(2, _LONG_PAST, 1), Probe(1, 0, _LONG_PREFILL), Probe(2, 0, _LONG_PREFILL)):
+    for probe in (
+        Probe(1, _LONG_PAST, 1),
+        Probe(2, _LONG_PAST, 1),
+        Probe(1, 0, _LONG_PREFILL),
+        Probe(2, 0, _LONG_PREFILL),
+    ):
         if _expressible(model, probe, signature):
             visible = _visible(model, mask, probe, signature)[0, -1]
             count = int(visible.sum())

@@ -30,7 +30,9 @@ class SelectLogits(FusionPass):
         projection = is_op(cast.inputs[0] if cast is not None else logits, "MatMul")
         hidden = projection.inputs[0] if projection is not None else None
         if projection is None or hidden is None or hidden.shape is None or len(hidden.shape) != 3:
-            self.fail("the logits are not the product of a [batch, sequence, hidden] tensor and a matrix", logits.producer())
+            self.fail(
+                "the logits are not the product of a [batch, sequence, hidden] tensor and a matrix", logits.producer()
+            )
             return
         index = ir.Value(
             name=names.LOGITS_INDEX,
@@ -41,7 +43,8 @@ class SelectLogits(FusionPass):
         axis = constant(model, "logits_index.axis", np.array([-1], np.int64))
         unsqueeze = tag(ir.node("Unsqueeze", [index, axis], name="logits_index.unsqueeze"), self.name)
         gather = tag(
-            ir.node("GatherND", [hidden, unsqueeze.outputs[0]], {"batch_dims": 1}, name="logits_index.gather"), self.name
+            ir.node("GatherND", [hidden, unsqueeze.outputs[0]], {"batch_dims": 1}, name="logits_index.gather"),
+            self.name,
         )
         unsqueeze.outputs[0].name, gather.outputs[0].name = "logits_index.unsqueezed", "logits_index.hidden"
         unsqueeze.outputs[0].shape = ir.Shape([names.BATCH, names.LOGITS_COUNT, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -48,7 +49,7 @@ def _unify_dimensions(model: ir.Model, signature: Signature) -> None:
     tokens = next(value for value in model.graph.inputs if value.name == signature.input_ids)
     if tokens.shape is None:
         return
-    known = {dim: name for dim, name in zip(tokens.shape, (names.BATCH, names.SEQUENCE), strict=True)}
+    known = dict(zip(tokens.shape, (names.BATCH, names.SEQUENCE), strict=True))
     for node in model.graph:
         for value in node.outputs:
             if value.shape is not None:
@@ -71,5 +72,5 @@ def _rename(model: ir.Model, signature: Signature) -> None:
             value.name = wanted[value.name]
 
 
-def _reorder(values: list[ir.Value], ordered: list[ir.Value]) -> None:
+def _reorder(values: MutableSequence[ir.Value], ordered: list[ir.Value]) -> None:
     values[:] = ordered

@@ -160,15 +160,15 @@ class FuseRotaryEmbedding(FusionPass):
         )
         return Tables(cos, sin, positions)
 
-    def _table(
-        self, model: ir.Model, name: str, half: npt.NDArray[np.generic], value: ir.Value
-    ) -> ir.Value:
+    def _table(self, model: ir.Model, name: str, half: npt.NDArray[np.generic], value: ir.Value) -> ir.Value:
         """The table as an initializer, behind the same cast to 16 bits as the graph's own cos or sin, if any."""
         table = add_initializer(model, name, ir.tensor(half, name=name))
         cast = is_op(_table_root(value), "Cast")
         if cast is None:
             return table
-        node = tag(ir.node("Cast", [table], {"to": cast.attributes["to"].as_int()}, name=f"{table.name}.cast"), self.name)
+        node = tag(
+            ir.node("Cast", [table], {"to": cast.attributes["to"].as_int()}, name=f"{table.name}.cast"), self.name
+        )
         output = node.outputs[0]
         output.name = f"{table.name}.typed"
         output.shape, output.type = table.shape, _table_root(value).type
@@ -246,7 +246,11 @@ def _position_source(tables: list[ir.Value]) -> ir.Value:
     sources = []
     for node in ancestors(tables):
         value = node.inputs[0] if node.op_type == "Cast" and not node.domain else None
-        if value is not None and value.dtype in (ir.DataType.INT64, ir.DataType.INT32) and constant_value(value) is None:
+        if (
+            value is not None
+            and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+            and constant_value(value) is None
+        ):
             sources.append(value)
     if len(set(sources)) != 1:
         raise GraphError("cos and sin are not computed from one tensor of integer positions")

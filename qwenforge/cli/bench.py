@@ -29,7 +29,7 @@ class BenchCommand(Command):
     )
     example = (
         "qwenforge bench ./tiny-bundle --prompt-tokens 128 --new-tokens 64\n"
-        "qwenforge bench ./tiny-bundle --against transformers --checkpoint examples/checkpoints/tiny-qwen2 --json out.json"
+        "qwenforge bench ./tiny-bundle --against transformers --checkpoint ./tiny-checkpoint --json out.json"
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,9 @@ class BenchCommand(Command):
         parser.add_argument("--against", metavar="PEER,...", help=f"peers to measure beside it: {', '.join(PEERS)}")
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="the bundle's checkpoint, for the peers")
         add_threads(parser)
-        parser.add_argument("--json", metavar="FILE", help="also write everything measured to FILE ('-': to stdout only)")
+        parser.add_argument(
+            "--json", metavar="FILE", help="also write everything measured to FILE ('-': to stdout only)"
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         from qwenforge.bench.latency import Workload, measure
@@ -80,7 +82,9 @@ def _specs(args: argparse.Namespace, dtype: str, threads: int) -> list[SubjectSp
         if peer not in PEERS:
             raise UserError(f"no peer is called {peer!r}; known peers: {', '.join(PEERS)}.")
         if args.checkpoint is None:
-            raise UserError(f"--against {peer} needs --checkpoint DIR: the checkpoint that the bundle was exported from.")
+            raise UserError(
+                f"--against {peer} needs --checkpoint DIR: the checkpoint that the bundle was exported from."
+            )
         if not (args.checkpoint / "config.json").is_file():
             raise UserError(f"{args.checkpoint} has no config.json; --checkpoint names a Hugging Face folder.")
         specs.append(SubjectSpec(peer, {"checkpoint": str(args.checkpoint), "threads": threads, "dtype": dtype}))

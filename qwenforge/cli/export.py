@@ -33,10 +33,12 @@ class ExportCommand(Command):
             "--weights",
             choices=("copy", "link"),
             default="copy",
-            help="copy them into the bundle (default), or refer to the checkpoint's own bytes where they can be used as "
-            "they are: seconds and megabytes, memory-mapped at run time",
+            help="copy them into the bundle (default), or refer to the checkpoint's own bytes where they can be used "
+            "as they are: seconds and megabytes, memory-mapped at run time",
         )
-        parser.add_argument("--max-length", type=positive_int, metavar="N", help="longest context (default: the model's, <= 32768)")
+        parser.add_argument(
+            "--max-length", type=positive_int, metavar="N", help="longest context (default: the model's, <= 32768)"
+        )
         parser.add_argument("--max-batch", type=positive_int, metavar="B", help="largest batch to allow (default: any)")
         parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers (recorded)")
         parser.add_argument("--verify-passes", action="store_true", help="also compare the graph around every pass")

@@ -44,7 +44,10 @@ def test_engine_that_cannot_be_loaded_is_a_user_error() -> None:
 
 
 def test_engine_that_dies_is_named_with_its_exit_code() -> None:
-    with MeasuredProcess(COMMAND, "fake", {}) as process, pytest.raises(RuntimeError, match="fake ended with exit code 7"):
+    with (
+        MeasuredProcess(COMMAND, "fake", {}) as process,
+        pytest.raises(RuntimeError, match="fake ended with exit code 7"),
+    ):
         process.run(prompt_tokens=13, new_tokens=4, seed=0)
 
 

@@ -125,7 +125,8 @@ def test_change_of_something_else_stays(nodes: str) -> None:
 
 def test_integers_and_scalars_are_left_to_constant_folding() -> None:
     model = graph_from_text(
-        "(float[B,4] x) => (float[N,M] y) { s = Reshape(to, flat)  e = Unsqueeze(scale, flat)  a = Reshape(x, s)  y = Mul(a, e) }",
+        "(float[B,4] x) => (float[N,M] y) "
+        "{ s = Reshape(to, flat)  e = Unsqueeze(scale, flat)  a = Reshape(x, s)  y = Mul(a, e) }",
         to=np.array([[2, -1]]),
         flat=np.array([-1]),
         scale=np.array(2.0, np.float32),

@@ -17,10 +17,13 @@ from support.tolerances import BFLOAT16, FLOAT16, FLOAT32_REORDERED
 SIZE = 16
 EPSILON = 1e-6
 FORMS = {
-    "torch": "p = Pow({h}, two)  m = ReduceMean(p, last)  v = Add(m, eps)  r = Sqrt(v)  i = Reciprocal(r)  n = Mul({h}, i)",
-    "commuted": "p = Mul({h}, {h})  m = ReduceMean(p, last)  v = Add(eps, m)  r = Sqrt(v)  i = Reciprocal(r)  n = Mul(i, {h})",
+    "torch": "p = Pow({h}, two)  m = ReduceMean(p, last)  v = Add(m, eps)  r = Sqrt(v)"
+    "  i = Reciprocal(r)  n = Mul({h}, i)",
+    "commuted": "p = Mul({h}, {h})  m = ReduceMean(p, last)  v = Add(eps, m)  r = Sqrt(v)"
+    "  i = Reciprocal(r)  n = Mul(i, {h})",
     "division": "p = Mul({h}, {h})  m = ReduceMean(p, last)  v = Add(m, eps)  r = Sqrt(v)  n = Div({h}, r)",
-    "inverse": "p = Pow({h}, two)  m = ReduceMean(p, last)  v = Add(m, eps)  r = Sqrt(v)  i = Div(one, r)  n = Mul({h}, i)",
+    "inverse": "p = Pow({h}, two)  m = ReduceMean(p, last)  v = Add(m, eps)  r = Sqrt(v)"
+    "  i = Div(one, r)  n = Mul({h}, i)",
     "power": "p = Pow({h}, two)  m = ReduceMean(p, last)  v = Add(m, eps)  i = Pow(v, root)  n = Mul({h}, i)",
 }
 TORCH = f"{FORMS['torch'].format(h='x')}  y = Mul(w, n)"
