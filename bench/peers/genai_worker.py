@@ -11,11 +11,12 @@ import time
 from typing import Any
 
 import numpy as np
-import onnxruntime_genai as og  # type: ignore[import-not-found]
 
 
 def steps(model: Any, prompt: list[int], new_tokens: int) -> list[float]:
     """Times from the start: then after each token is known, ``new_tokens + 1`` in all."""
+    import onnxruntime_genai as og  # type: ignore[import-not-found]
+
     times = [time.perf_counter()]
     params = og.GeneratorParams(model)
     # An end token may not stop the run: the least length is the greatest.
@@ -31,6 +32,8 @@ def steps(model: Any, prompt: list[int], new_tokens: int) -> list[float]:
 
 def main() -> None:
     """Serve runs until standard input ends."""
+    import onnxruntime_genai as og
+
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     setup = json.loads(sys.stdin.readline())

@@ -33,6 +33,8 @@ _SMOOTH = frozenset(
 )
 """Operators that may compute floating-point values between the router and the sum: they move values around, or do the
 same to small and large ones. Integers (sorting and counting tokens) may be computed by any."""
+_EVALUATOR_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What the reference implementation raises for a graph that it cannot run: it has no error class of its own."""
 
 Array = npt.NDArray[np.float64]
 
@@ -93,7 +95,7 @@ def _refuse_thresholds(nodes: list[ir.Node]) -> None:
             raise GraphError(f"the experts use {node.domain}::{node.op_type}, which only its own runtime knows")
         dtype = node.outputs[0].dtype
         if node.op_type not in _SMOOTH and (dtype is None or dtype.is_floating_point()) and node.op_type != "Constant":
-            raise GraphError(f"the experts use {node.op_type}, which a few tokens cannot prove")
+            raise GraphError(f"the experts use {node.op_type}, which SwiGLU experts do not")
 
 
 def _stacked_weights(nodes: list[ir.Node], experts: int) -> list[tuple[str, ir.TensorProtocol]]:
@@ -132,11 +134,10 @@ class _Region:
         logits = logits.astype(_numpy_type(self.router_logits))
         feeds: dict[ir.Value, npt.NDArray[np.generic]] = dict.fromkeys(self.same_tokens, x)
         feeds[self.router_logits] = logits
-        signature = detect_signature(self.model)
         for leaf in leaves(self.nodes, [self.output]):
             if leaf in feeds:
                 continue
-            if leaf.name != signature.input_ids:
+            if not leaf.is_graph_input() or leaf.name != detect_signature(self.model).input_ids:
                 raise GraphError(f"the experts also read {leaf.name}")
             feeds[leaf] = np.zeros((1, count), np.int64)
         result = self._evaluate(feeds)
@@ -155,7 +156,12 @@ class _Region:
             value.const_value = ir.Tensor(np.asarray(held.numpy()), held.dtype, name=value.name)
         used = {value.name for value in part.graph.inputs}
         named = {str(value.name): array for value, array in feeds.items() if value.name in used}
-        return np.asarray(next(iter(ReferenceEvaluator(ir.to_proto(part)).run(None, named))))
+        try:
+            results = ReferenceEvaluator(ir.to_proto(part)).run(None, named)
+        except _EVALUATOR_ERRORS as error:
+            first_line = str(error).partition("\n")[0]
+            raise GraphError(f"ONNX's reference implementation cannot run the experts: {first_line}") from error
+        return np.asarray(next(iter(results)))
 
 
 def _numpy_type(value: ir.Value) -> np.dtype[np.generic]:

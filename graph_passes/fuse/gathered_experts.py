@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwenforge.graph_passes.infra import constant_value, int_attribute, integers, is_op, other_operand, static_dim
+from qwenforge.graph_passes.infra import int_attribute, integers, is_op, other_operand, static_dim
 
 Matched = tuple[ir.TensorProtocol, ir.TensorProtocol, str, str]
 
@@ -52,7 +52,8 @@ def _uncast(value: ir.Value | None) -> ir.Value | None:
 
 def _flattens(value: ir.Value | None, source: ir.Value) -> bool:
     node = is_op(value, "Reshape")
-    return node is not None and node.inputs[0] is source and integers(node.inputs[1]) == [-1]
+    target = integers(node.inputs[1]) if node is not None else None
+    return node is not None and node.inputs[0] is source and target is not None and len(target) == 1
 
 
 def _expert_product(value: ir.Value | None, chosen: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -117,8 +118,11 @@ def _repeats(value: ir.Value, x: ir.Value, top_k: int) -> bool:
     unsqueeze = is_op(expand.inputs[0], "Unsqueeze") if expand is not None else None
     if expand is None or unsqueeze is None or unsqueeze.inputs[0] is not x or integers(unsqueeze.inputs[1]) != [1]:
         return False
-    shape = constant_value(expand.inputs[1])
-    return shape is not None and shape.reshape(-1).tolist() == [1, top_k, 1]
+    shape = integers(expand.inputs[1])
+    if shape is None or len(shape) != 3 or integers(reshape.inputs[1] if reshape is not None else None) is None:
+        return False
+    kept = (shape[0], static_dim(x, 0)), (shape[2], static_dim(x, 1))
+    return shape[1] == top_k and all(wanted in (1, size) for wanted, size in kept) and len(value.shape or ()) == 2
 
 
 def _shapes_fit(gate_up: ir.Value, down: ir.Value, hidden: int | None) -> bool:

@@ -108,6 +108,13 @@ def test_layers_of_one_kind_are_equal_but_for_their_names() -> None:
     assert len(shared) == 1, "rotary tables and positions are there once"
 
 
+def test_shape_arithmetic_is_there_once_and_belongs_to_no_layer() -> None:
+    for config in (MIXED, SPARSE):
+        graph = exported("qwen2_moe", **config).portable().graph
+        shapes = [node.name for node in graph if node.op_type in ("Shape", "Concat")]
+        assert 0 < len(shapes) <= 3 and not any(map(_layer, shapes))
+
+
 def test_each_layer_keeps_its_kinds_window() -> None:
     model = exported("qwen2", **DENSE).portable()
     attention = [node for node in model.graph if node.op_type == "GroupedQueryAttention"]

@@ -33,7 +33,8 @@ SHAPES = {
     "quads": [2, -1, 4],
     "copied": [0, -1, 8],
     "rows": [0, 2, -1],
-    "none": [0, 8],
+    "line": [-1],
+    "empty": [0, 0],
 }
 
 
@@ -55,28 +56,34 @@ def test_superfluous_reshape_is_gone_and_nothing_else_changes(case: str) -> None
         assert np.array_equal(found, wanted)
 
 
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        "a = Reshape(x, flat)  b = Reshape(x, pairs)  y = Relu(a)  z = Relu(b)",
-        "a = Reshape(x, pairs)  b = Reshape(a, rows)  y = Relu(a)  c = Relu(b)  z = Reshape(c, flat)",
-        "a = Reshape(x, flat)  s = Shape(a)  b = Reshape(a, s)  y = Relu(a)  z = Relu(b)",
-    ],
-    ids=["other shapes", "a dimension copied from the one in front", "a computed shape"],
-)
-def test_reshape_that_may_do_something_stays(nodes: str) -> None:
-    model = _model(nodes)
+KEPT = {
+    "other shapes": "a = Reshape(x, flat)  b = Reshape(x, pairs)  y = Relu(a)  z = Relu(b)",
+    "other shape of as many dimensions": "a = Reshape(x, flat)  c = Abs(a)  b = Reshape(c, pairs)  y = Relu(a)  z = Relu(b)",
+    "fewer dimensions": "a = Relu(x)  b = Reshape(a, line)  y = Reshape(a, flat)  c = Relu(b)  z = Reshape(c, pairs)",
+    "a dimension copied from the one in front": (
+        "a = Reshape(x, pairs)  b = Reshape(a, rows)  y = Relu(a)  c = Relu(b)  z = Reshape(c, flat)"
+    ),
+    "a computed shape": "a = Reshape(x, flat)  s = Shape(a)  b = Reshape(a, s)  y = Relu(a)  z = Relu(b)",
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_reshape_that_may_do_something_stays(case: str) -> None:
+    x = normal(2, 3, 8)
+    expected = answers(_model(KEPT[case]), x=x)
+    model = _model(KEPT[case])
     before = ops(model)
     assert apply_rule(SimplifyReshapes(), model).matches == 0 and ops(model) == before
+    for found, wanted in zip(answers(model, x=x), expected, strict=True):
+        assert np.array_equal(found, wanted)
 
 
 def test_reshape_to_an_empty_tensor_is_no_copy_of_a_dimension() -> None:
-    """With allowzero the zero is a length; only an empty input can have that shape."""
-    model = _model(
-        "a = Reshape<allowzero = 1>(x, none)  b = Reshape<allowzero = 1>(a, none)  y = Relu(a)  z = Relu(b)",
-        "(float[0,S,8] x) => (float[M,N] y, float[K,L] z)",
-    )
+    """With allowzero a zero is a length."""
+    signature = "(float[3,N] x) => (float[0,0] y, float[3,N] z)"
+    model = _model("a = Reshape<allowzero = 1>(x, empty)  y = Relu(a)  z = Relu(x)", signature)
     assert apply_rule(SimplifyReshapes(), model).matches == 0
+    assert answers(model, x=np.zeros((3, 0), np.float32))[0].shape == (0, 0)
 
 
 def test_tensor_of_an_unknown_shape_is_reshaped_still() -> None:

@@ -16,15 +16,13 @@ from support.tolerances import BFLOAT16, FLOAT16, FLOAT32_REORDERED
 
 SIZE = 16
 EPSILON = 1e-6
+MEAN = "p = Mul({h}, {h})  m = ReduceMean(p, last)  v = Add(m, eps)"
 FORMS = {
-    "torch": "p = Pow({h}, two)  m = ReduceMean(p, last)  v = Add(m, eps)  r = Sqrt(v)"
-    "  i = Reciprocal(r)  n = Mul({h}, i)",
-    "commuted": "p = Mul({h}, {h})  m = ReduceMean(p, last)  v = Add(eps, m)  r = Sqrt(v)"
-    "  i = Reciprocal(r)  n = Mul(i, {h})",
-    "division": "p = Mul({h}, {h})  m = ReduceMean(p, last)  v = Add(m, eps)  r = Sqrt(v)  n = Div({h}, r)",
-    "inverse": "p = Pow({h}, two)  m = ReduceMean(p, last)  v = Add(m, eps)  r = Sqrt(v)"
-    "  i = Div(one, r)  n = Mul({h}, i)",
-    "power": "p = Pow({h}, two)  m = ReduceMean(p, last)  v = Add(m, eps)  i = Pow(v, root)  n = Mul({h}, i)",
+    "torch": f"{MEAN.replace('Mul({h}, {h})', 'Pow({h}, two)')}  r = Sqrt(v)  i = Reciprocal(r)  n = Mul({{h}}, i)",
+    "commuted": f"{MEAN.replace('m, eps', 'eps, m')}  r = Sqrt(v)  i = Reciprocal(r)  n = Mul(i, {{h}})",
+    "division": f"{MEAN}  r = Sqrt(v)  n = Div({{h}}, r)",
+    "inverse": f"{MEAN}  r = Sqrt(v)  i = Div(one, r)  n = Mul({{h}}, i)",
+    "power": f"{MEAN}  i = Pow(v, root)  n = Mul({{h}}, i)",
 }
 TORCH = f"{FORMS['torch'].format(h='x')}  y = Mul(w, n)"
 """The first form as a whole graph, without casts."""
