@@ -14,7 +14,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.exporter.external_data import load_model
 from qwenforge.graph_passes.segments import split_by_layer
 
 Array = npt.NDArray[np.generic]
@@ -30,7 +29,7 @@ class StepExecutor:
     """
 
     def __init__(self, path: Path, *, batch: int, capacity: int, whole: bool) -> None:
-        model = load_model(path)
+        model = ir.load(path)  # locations stay relative, as ONNX Runtime wants them; no value is read
         self._folder = path.parent
         self._caches: dict[str, Array] = {}
         for value in model.graph.inputs:
@@ -86,6 +85,10 @@ def _session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Spinning threads would take the processor from the reference, which runs in turns with this.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
     # Prepacking copies weights into memory; without it they stay mapped from the data file.
     options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

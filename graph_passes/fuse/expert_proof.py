@@ -19,7 +19,7 @@ import onnx_ir as ir
 from qwenforge.errors import GraphError
 from qwenforge.exporter import weights
 from qwenforge.exporter.checkpoint import CheckpointTensor
-from qwenforge.graph_passes.infra import static_dim
+from qwenforge.graph_passes.infra import consumers, static_dim
 from qwenforge.graph_passes.signature import detect_signature
 from qwenforge.graph_passes.subgraph import ancestors, extract, leaves
 
@@ -137,13 +137,20 @@ class _Region:
         for leaf in leaves(self.nodes, [self.output]):
             if leaf in feeds:
                 continue
-            if not leaf.is_graph_input() or leaf.name != detect_signature(self.model).input_ids:
+            if not self._has_token_count(leaf):
                 raise GraphError(f"the experts also read {leaf.name}")
             feeds[leaf] = np.zeros((1, count), np.int64)
         result = self._evaluate(feeds)
         if result.shape != x.shape:
             raise GraphError("the sum over the experts has another shape than the tokens")
         return Sample(x.astype(np.float64), logits.astype(np.float64), result.astype(np.float64))
+
+    def _has_token_count(self, leaf: ir.Value) -> bool:
+        """Whether ``leaf`` is a graph input of one number a token, of which only the shape is read."""
+        if not leaf.is_graph_input() or any(node.op_type != "Shape" for node in consumers(leaf) if node in self.nodes):
+            return False
+        signature = detect_signature(self.model)
+        return leaf.name in (signature.input_ids, signature.position_ids)
 
     def _evaluate(self, feeds: dict[ir.Value, npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
         from onnx.reference import ReferenceEvaluator

@@ -1,0 +1,128 @@
+"""Memory and time of an export, verification included: ``python -m qwenforge.bench.export_memory --geometry 1.5b``.
+
+``qwenforge export`` runs in a process of its own, on a checkpoint with random weights. Its largest resident memory,
+mapped file pages included, must stay within 1.2 GB plus twice the largest tensor of the export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenforge.bench.geometries import GEOMETRIES, tensor_shapes, write_checkpoint
+from qwenforge.errors import UserError
+from qwenforge.machine import facts_as_json
+
+EXAMPLE = "python -m qwenforge.bench.export_memory --geometry 1.5b --work /tmp/export-memory --json memory.json"
+FIXED_BYTES = 1_200_000_000
+"""What an export may take besides twice its largest tensor."""
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2}
+
+_SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class ExportRun:
+    """What one export took.
+
+    Attributes:
+        wall_seconds: of the process, start of the interpreter included.
+        stage_seconds: of each stage, as the export reports them.
+        peak_rss_bytes: largest resident memory of the process.
+        stage_peak_rss_bytes: largest resident memory seen during each stage; samples, so at most the peak.
+        report: what ``qwenforge export --json`` printed.
+    """
+
+    wall_seconds: float
+    stage_seconds: dict[str, float]
+    peak_rss_bytes: int
+    stage_peak_rss_bytes: dict[str, int]
+    report: dict[str, Any] = field(repr=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code is 1 when the bound is missed or the export fails."""
+    args = _parser().parse_args(arguments)
+    try:
+        report = measure_export(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    _print(report)
+    if args.json is not None:
+        partial = args.json.with_name(f".{args.json.name}.partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(args.json)
+    return 0 if report["within_bound"] else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qwenforge.bench.export_memory",
+        description="Export a checkpoint of random weights and compare the process's peak memory with the bound of "
+        "1.2 GB plus twice the largest tensor. The checkpoint is made in --work on the first run and kept; the bundle "
+        "is removed. Exits 1 when the bound is missed.",
+        epilog=f"example:\n  {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--geometry", choices=list(GEOMETRIES), default="1.5b", help="default: 1.5b")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for checkpoint and bundle")
+    parser.add_argument("--stored", choices=("bf16", "fp16", "fp32"), default="bf16", help="checkpoint (default: bf16)")
+    parser.add_argument("--dtype", choices=list(ELEMENT_BYTES), default="fp32", help="of the export (default: fp32)")
+    parser.add_argument("--target", default="ort-cpu", help="of the export (default: ort-cpu)")
+    parser.add_argument("--weights", choices=("copy", "link"), default="copy", help="of the export (default: copy)")
+    parser.add_argument("--no-verify", action="store_true", help="export without the comparison with transformers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
+    return parser
+
+
+def measure_export(args: argparse.Namespace) -> dict[str, Any]:
+    """Export once; see :func:`main` for the arguments.
+
+    Returns:
+        ``settings``, ``machine``, ``bound_bytes``, ``within_bound`` and the fields of :class:`ExportRun`.
+
+    Raises:
+        UserError: the export fails.
+    """
+    checkpoint = write_checkpoint(args.work / f"{args.geometry}-{args.stored}", args.geometry, dtype=args.stored)
+    bundle = args.work / f"{args.geometry}-bundle"
+    options = ["--target", args.target, "--dtype", args.dtype, "--weights", args.weights]
+    if args.no_verify:
+        options.append("--no-verify")
+    try:
+        run = run_export(checkpoint, bundle, options)
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+    bound = bound_bytes(args.geometry, args.dtype)
+    return {
+        "settings": {
+            "geometry": args.geometry,
+            "stored": args.stored,
+            "dtype": args.dtype,
+            "target": args.target,
+            "weights": args.weights,
+            "verify": not args.no_verify,
+        },
+        "machine": facts_as_json(),
+        "bound_bytes": bound,
+        "within_bound": run.peak_rss_bytes <= bound,
+        **asdict(run),
+    }
+
+
+def bound_bytes(geometry: str, dtype: str) -> int:
+    """The memory that an export of ``geometry`` to ``dtype`` may take."""
+    shapes = tensor_shapes(GEOMETRIES[geometry]).values()
+    largest = max(int(np_prod(shape)) for shape in shapes)
+    return FIXED_BYTES + 2 * largest * ELEMENT_BYTES[dtype]
