@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwenforge.bench.circumstances import circumstances
 from qwenforge.bench.geometries import GEOMETRIES, tensor_shapes, write_checkpoint
 from qwenforge.errors import UserError
-from qwenforge.machine import facts_as_json
 
 EXAMPLE = "python -m qwenforge.bench.export_memory --geometry 1.5b --work /tmp/export-memory --json memory.json"
 FIXED_BYTES = 1_200_000_000
@@ -90,7 +91,7 @@ def measure_export(args: argparse.Namespace) -> dict[str, Any]:
     """Export once; see :func:`main` for the arguments.
 
     Returns:
-        ``settings``, ``machine``, ``bound_bytes``, ``within_bound`` and the fields of :class:`ExportRun`.
+        The circumstances, ``settings``, ``bound_bytes``, ``within_bound`` and the fields of :class:`ExportRun`.
 
     Raises:
         UserError: the export fails.
@@ -106,6 +107,7 @@ def measure_export(args: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(bundle, ignore_errors=True)
     bound = bound_bytes(args.geometry, args.dtype)
     return {
+        **circumstances(),
         "settings": {
             "geometry": args.geometry,
             "stored": args.stored,
@@ -114,7 +116,6 @@ def measure_export(args: argparse.Namespace) -> dict[str, Any]:
             "weights": args.weights,
             "verify": not args.no_verify,
         },
-        "machine": facts_as_json(),
         "bound_bytes": bound,
         "within_bound": run.peak_rss_bytes <= bound,
         **asdict(run),
@@ -124,5 +125,104 @@ def measure_export(args: argparse.Namespace) -> dict[str, Any]:
 def bound_bytes(geometry: str, dtype: str) -> int:
     """The memory that an export of ``geometry`` to ``dtype`` may take."""
     shapes = tensor_shapes(GEOMETRIES[geometry]).values()
-    largest = max(int(np_prod(shape)) for shape in shapes)
+    largest = max(math.prod(shape) for shape in shapes)
     return FIXED_BYTES + 2 * largest * ELEMENT_BYTES[dtype]
+
+
+def run_export(checkpoint: Path, bundle: Path, options: Sequence[str]) -> ExportRun:
+    """Run ``qwenforge export`` in a process of its own and watch its memory.
+
+    Args:
+        checkpoint: a Hugging Face folder.
+        bundle: where the export goes.
+        options: further arguments of the command.
+
+    Raises:
+        UserError: the export fails; its own message is on standard error.
+    """
+    command = [sys.executable, "-m", "qwenforge", "export", str(checkpoint), "-o", str(bundle), "--json", *options]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    watch = _Watch(process.pid)
+    watch.start()
+    output = process.stdout.read()  # ends with the export's last act, so that the stages end here
+    end = time.perf_counter()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    watch.join()
+    if process.returncode:
+        raise UserError(f"the export of {checkpoint} failed with exit code {process.returncode}; see its message above")
+    report = json.loads(output)
+    # The maximum that the system keeps starts from ours at the fork; ours is far below any export's.
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return ExportRun(
+        wall_seconds=end - start,
+        stage_seconds=report["seconds"],
+        peak_rss_bytes=max(peak, watch.peak_bytes),
+        stage_peak_rss_bytes=_peaks(watch.samples, report["seconds"], end),
+        report={name: value for name, value in report.items() if name not in ("bundle", "seconds", "rules")},
+    )
+
+
+class _Watch(threading.Thread):
+    """Samples a process's resident memory until it ends; without /proc it sees nothing."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.samples: list[tuple[float, int]] = []
+        self.peak_bytes = 0
+        self._status = Path(f"/proc/{pid}/status")
+
+    def run(self) -> None:
+        """Sample."""
+        while True:
+            try:
+                fields = dict(line.split(":", 1) for line in self._status.read_text().splitlines())
+            except (FileNotFoundError, ProcessLookupError):
+                return
+            if "VmRSS" not in fields:  # ended, not yet waited for
+                return
+            self.samples.append((time.perf_counter(), _kilobytes(fields["VmRSS"])))
+            self.peak_bytes = _kilobytes(fields["VmHWM"])
+            time.sleep(_SAMPLE_SECONDS)
+
+
+def _kilobytes(value: str) -> int:
+    return int(value.split()[0]) * 1024
+
+
+def _peaks(samples: list[tuple[float, int]], seconds: dict[str, float], end: float) -> dict[str, int]:
+    """The largest sample of each stage; the stages follow one another and the last ends at ``end``."""
+    start = end - sum(seconds.values())
+    peaks = {"start": max((value for at, value in samples if at < start), default=0)}
+    for stage, duration in seconds.items():
+        peaks[stage] = max((value for at, value in samples if start <= at < start + duration), default=0)
+        start += duration
+    return peaks
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = report["settings"]
+    verify = "verified" if settings["verify"] else "not verified"
+    title = f"export of {settings['geometry']}, {settings['stored']} to {settings['dtype']}, {verify}"
+    table = Table(title=title)
+    for column in ("stage", "seconds", "peak RSS MB"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, peak in report["stage_peak_rss_bytes"].items():
+        seconds = report["stage_seconds"].get(stage, report["wall_seconds"] - sum(report["stage_seconds"].values()))
+        table.add_row(stage, f"{seconds:.1f}", f"{peak / 1e6:.0f}")
+    console = Console()
+    console.print(table)
+    verdict = "within" if report["within_bound"] else "ABOVE"
+    console.print(
+        f"{report['wall_seconds']:.1f} s; peak {report['peak_rss_bytes'] / 1e6:.0f} MB, {verdict} the bound of "
+        f"{report['bound_bytes'] / 1e6:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
