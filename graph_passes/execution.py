@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge.errors import GraphError
+from qwenforge.exporter.transforms import Cast
+from qwenforge.exporter.weights import DerivedTensor
 
 Array = npt.NDArray[Any]
 
@@ -144,6 +146,10 @@ def _retype(value: ir.Value) -> None:
 
 
 def _upcast_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if isinstance(tensor, DerivedTensor) and isinstance(tensor.transform, Cast):
+        (source,) = tensor.sources
+        if source.dtype == ir.DataType.FLOAT:
+            return source  # a folded cast to 16 bits goes like a Cast node does
     return ir.LazyTensor(
         lambda: ir.tensor(tensor.numpy().astype(np.float32)),
         dtype=ir.DataType.FLOAT,

@@ -59,7 +59,7 @@ def constant_value(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
     """The value's array when it is a small constant (an initializer or a Constant node), else None."""
     if value is None:
         return None
-    tensor = value.const_value
+    tensor = weight(value)
     if tensor is None:
         node = value.producer()
         if node is None or node.op_type != "Constant" or node.domain:
@@ -70,6 +70,11 @@ def constant_value(value: ir.Value | None) -> npt.NDArray[np.generic] | None:
     if tensor.size > _SMALL:
         return None
     return np.asarray(tensor.numpy())
+
+
+def weight(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The value's tensor when it is a constant of any size; None for a default that a caller may replace."""
+    return None if value is None or value.is_graph_input() else value.const_value
 
 
 def scalar(value: ir.Value | None) -> float | None:

@@ -15,6 +15,8 @@ import numpy as np
 
 def steps(model: Any, prompt: list[int], new_tokens: int) -> list[float]:
     """Times from the start: then after each token is known, ``new_tokens + 1`` in all."""
+    import onnxruntime_genai as og  # type: ignore[import-not-found]
+
     times = [time.perf_counter()]
     params = og.GeneratorParams(model)
     # An end token may not stop the run: the least length is the greatest.

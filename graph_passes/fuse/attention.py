@@ -226,7 +226,10 @@ def _past_unattended_guard(output: ir.Value) -> ir.Value:
     if where is None or where.op_type != "Where" or where.inputs[2] is not output or scalar(where.inputs[1]) != 0:
         return output
     less = is_op(where.inputs[0], "Less")
-    total = is_op(less.inputs[0], "ReduceSum") if less is not None else None
+    count = less.inputs[0] if less is not None else None
+    while (cast := is_op(count, "Cast")) is not None:
+        count = cast.inputs[0]
+    total = is_op(count, "ReduceSum")
     if less is None or total is None or scalar(less.inputs[1]) != 1:
         raise GraphError("the attention output is replaced by zero under an unknown condition")
     return where.outputs[0]

@@ -1,9 +1,9 @@
 """Prove what an unknown arrangement of experts computes by running it on a few tokens.
 
-The nodes between the router's logits and the weighted sum are cut out and evaluated; the result is compared with the
-intended sum over experts in float64, for each way the two stacked weights could be laid out. Random tokens cannot show
-what happens far from them, so that operators which bend at a threshold, such as a clamp of the activations, are refused
-before anything runs.
+The nodes between the router's logits and the weighted sum are cut out and evaluated in fp32, whatever the graph's own
+precision, on tokens that between them choose every expert. The result is compared with the intended sum over experts in
+float64, for each way the two stacked weights could be laid out. Random tokens cannot show what happens far from them,
+so that operators which bend at a threshold, such as a clamp of the activations, are refused before anything runs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import onnx_ir as ir
 from qwenforge.errors import GraphError
 from qwenforge.exporter import weights
 from qwenforge.exporter.checkpoint import CheckpointTensor
+from qwenforge.graph_passes.execution import upcast_to_float32
 from qwenforge.graph_passes.infra import consumers, static_dim
 from qwenforge.graph_passes.signature import detect_signature
 from qwenforge.graph_passes.subgraph import ancestors, extract, leaves
 
 LARGEST_WEIGHTS = 256 << 20
 """Bytes of expert weights that a proof reads; a larger unknown arrangement is left as it is."""
-_BOUND = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
-"""Largest accepted error relative to the result's scale: sums of some hundred products in the graph's own precision."""
+_BOUND = 1e-4
+"""Largest accepted error relative to the result's scale: fp32 sums of some thousand products."""
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SMOOTH = frozenset(
     "Add Cast Concat Div Einsum Expand Gather GatherElements GatherND Gemm Identity MatMul Mul ReduceSum Reshape "
     "ScatterElements ScatterND Sigmoid Slice Softmax Split Squeeze Swish Tile TopK Transpose Unsqueeze".split()
@@ -67,21 +69,19 @@ def prove_experts(
     hidden, experts = static_dim(x, -1), static_dim(router_logits, -1)
     if hidden is None or experts is None:
         raise GraphError("the hidden size or the number of experts is not known")
-    bound = _BOUND.get(x.dtype or ir.DataType.UNDEFINED)
-    if bound is None:
+    if x.dtype not in _TYPES:
         raise GraphError(f"experts in {x.dtype} are not supported")
     nodes = ancestors([output], stop=[*same_tokens, router_logits])
     _refuse_thresholds(nodes)
     stacked = _stacked_weights(nodes, experts)
     region = _Region(model, nodes, output, x, same_tokens, router_logits)
-    # Five tokens, one, and a crowd that all want the same experts.
-    samples = [region.run(count, hidden, experts, crowd=count > 5) for count in (5, 1, 19)]
+    samples = [region.run(logits, hidden) for logits in _choices(experts, top_k)]
     best = np.inf
     for gate_up, down, gate_up_name, down_name in _layouts(stacked, hidden):
         first, second = (np.asarray(tensor.numpy()).astype(np.float64) for tensor in (gate_up, down))
         error = max(_error(sample, first, second, top_k, normalize) for sample in samples)
         best = min(best, error)
-        if error <= bound:
+        if error <= _BOUND:
             return gate_up, down, gate_up_name, down_name
     raise GraphError(
         "it looks like expert routing but computes something else: the closest reading is off by "
@@ -102,7 +102,7 @@ def _stacked_weights(nodes: list[ir.Node], experts: int) -> list[tuple[str, ir.T
     found: dict[str, ir.TensorProtocol] = {}
     for node in nodes:
         for value in node.inputs:
-            tensor = value.const_value if value is not None else None
+            tensor = value.const_value if value is not None and not value.is_graph_input() else None
             if value is not None and tensor is not None and len(tensor.shape) == 3 and tensor.shape[0] == experts:
                 found[str(value.name)] = tensor
     if len(found) != 2:
@@ -125,13 +125,10 @@ class _Region:
     same_tokens: frozenset[ir.Value]
     router_logits: ir.Value
 
-    def run(self, count: int, hidden: int, experts: int, *, crowd: bool = False) -> Sample:
-        """The result for ``count`` random tokens, which all choose alike if they are a ``crowd``."""
-        generator = np.random.default_rng(count)
-        x = generator.standard_normal((count, hidden)).astype(_numpy_type(self.x))
-        logits = 2 * generator.standard_normal((1 if crowd else count, experts))
-        logits = np.repeat(logits, count, 0) if crowd else logits
-        logits = logits.astype(_numpy_type(self.router_logits))
+    def run(self, logits: npt.NDArray[np.float32], hidden: int) -> Sample:
+        """The result for random tokens with these ``logits`` [T, E]."""
+        count = len(logits)
+        x = np.random.default_rng(count).standard_normal((count, hidden)).astype(np.float32)
         feeds: dict[ir.Value, npt.NDArray[np.generic]] = dict.fromkeys(self.same_tokens, x)
         feeds[self.router_logits] = logits
         for leaf in leaves(self.nodes, [self.output]):
@@ -156,6 +153,7 @@ class _Region:
         from onnx.reference import ReferenceEvaluator
 
         part = extract([self.output], list(feeds), self.model.graph.opset_imports[""])
+        upcast_to_float32(part)
         for value in part.graph.initializers.values():
             assert value.const_value is not None
             # A weight may lie in a file, where the evaluator does not look.
@@ -171,8 +169,19 @@ class _Region:
         return np.asarray(next(iter(results)))
 
 
-def _numpy_type(value: ir.Value) -> np.dtype[np.generic]:
-    return (value.dtype or ir.DataType.FLOAT).numpy()
+def _choices(experts: int, top_k: int) -> Iterator[npt.NDArray[np.float32]]:
+    """Router logits [T, E] of tokens that choose every expert, of one token, and of a crowd that all choose alike."""
+    generator = np.random.default_rng(experts)
+    count = max(5, -(-experts // top_k))
+    # Logits close to each other: each chosen expert counts for something.
+    ranked = -np.sort(-0.5 * generator.standard_normal((count, experts)))
+    order = generator.permutation(experts)
+    covering = np.empty((count, experts))
+    for token in range(count):
+        covering[token, np.roll(order, -token * top_k)] = ranked[token]
+    yield covering.astype(np.float32)
+    yield (2 * generator.standard_normal((1, experts))).astype(np.float32)
+    yield np.repeat(2 * generator.standard_normal((1, experts)), 19, 0).astype(np.float32)
 
 
 def _layouts(

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwenforge.graph_passes.infra import int_attribute, integers, is_op, other_operand, static_dim
+from qwenforge.graph_passes.infra import float_attribute, int_attribute, integers, is_op, other_operand, static_dim
 
 Matched = tuple[ir.TensorProtocol, ir.TensorProtocol, str, str]
 
 
-def match_gathered(x: ir.Value, weights: ir.Value, chosen: ir.Value, output: ir.Value, top_k: int) -> Matched | None:
+def match_gathered(
+    x: ir.Value, weights: ir.Value, chosen: ir.Value, output: ir.Value, *, experts: int | None, top_k: int
+) -> Matched | None:
     """(gate_up [E, 2I, C], down [E, C, I], their names) when the nodes are exactly the gathered form, else None."""
     product = _summed_product(output)
     if product is None:
         return None
     for expert_output, weight_column in (product.inputs, list(reversed(product.inputs))):
         scale = is_op(weight_column, "Unsqueeze")
-        if scale is None or not _flattens(scale.inputs[0], weights):
+        if scale is None or not _has_axis(scale, 1) or not _flattens(scale.inputs[0], weights):
             continue
         down = _expert_product(expert_output, chosen)
         if down is None:
@@ -31,7 +33,9 @@ def match_gathered(x: ir.Value, weights: ir.Value, chosen: ir.Value, output: ir.
         if gate_up is None:
             continue
         gate_up_weight, repeated = gate_up
-        if not _repeats(repeated, x, top_k) or not _shapes_fit(gate_up_weight, down_weight, static_dim(x, -1)):
+        if not _repeats(repeated, x, top_k):
+            continue
+        if static_dim(gate_up_weight, 0) != experts or not _shapes_fit(gate_up_weight, down_weight, static_dim(x, -1)):
             continue
         assert gate_up_weight.const_value is not None and down_weight.const_value is not None
         return gate_up_weight.const_value, down_weight.const_value, str(gate_up_weight.name), str(down_weight.name)
@@ -56,17 +60,22 @@ def _flattens(value: ir.Value | None, source: ir.Value) -> bool:
     return node is not None and node.inputs[0] is source and target is not None and len(target) == 1
 
 
+def _has_axis(node: ir.Node, last: int) -> bool:
+    """Whether a Squeeze or Unsqueeze drops or adds the ``last`` axis."""
+    return len(node.inputs) > 1 and integers(node.inputs[1]) in ([-1], [last])
+
+
 def _expert_product(value: ir.Value | None, chosen: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """(weight [E, out, in], input) of Squeeze(MatMul(weights of the ids, Unsqueeze(input)))."""
     squeeze = is_op(value, "Squeeze")
     product = is_op(squeeze.inputs[0], "MatMul") if squeeze is not None else None
-    if product is None:
+    if squeeze is None or product is None or not _has_axis(squeeze, 2):
         return None
     gather = product.inputs[0].producer() if product.inputs[0] is not None else None
     column = is_op(product.inputs[1], "Unsqueeze")
     if gather is None or column is None or not _gathers(gather, chosen):
         return None
-    if integers(column.inputs[1]) not in ([-1], [2]):
+    if not _has_axis(column, 2):
         return None
     weight, source = gather.inputs[0], column.inputs[0]
     if weight is None or source is None or weight.const_value is None or len(weight.const_value.shape) != 3:
@@ -81,7 +90,7 @@ def _gathers(node: ir.Node, chosen: ir.Value) -> bool:
     if node.op_type != "GatherND" or node.domain or int_attribute(node, "batch_dims", 0):
         return False
     ids = is_op(node.inputs[1], "Unsqueeze")
-    return ids is not None and _flattens(ids.inputs[0], chosen)
+    return ids is not None and _has_axis(ids, 1) and _flattens(ids.inputs[0], chosen)
 
 
 def _swiglu(value: ir.Value) -> ir.Value | None:
@@ -90,8 +99,7 @@ def _swiglu(value: ir.Value) -> ir.Value | None:
     if product is None:
         return None
     for activated, up in (product.inputs, list(reversed(product.inputs))):
-        swish = is_op(activated, "Swish")
-        gate = swish.inputs[0] if swish is not None else _silu_input(activated)
+        gate = _silu_input(activated)
         split = is_op(gate, "Split")
         if split is None or is_op(up, "Split") is not split or len(split.outputs) != 2:
             continue
@@ -101,6 +109,9 @@ def _swiglu(value: ir.Value) -> ir.Value | None:
 
 
 def _silu_input(activated: ir.Value | None) -> ir.Value | None:
+    swish = is_op(activated, "Swish")
+    if swish is not None:
+        return swish.inputs[0] if float_attribute(swish, "alpha", 1.0) == 1.0 else None
     silu = is_op(activated, "Mul")
     if silu is None:
         return None

@@ -7,6 +7,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qwenforge.exporter import weights
+from qwenforge.graph_passes import infra
 from qwenforge.graph_passes.infra import FusionPass, add_initializer, float_attribute, int_attribute, tag
 
 
@@ -25,7 +26,8 @@ class GemmToMatMul(FusionPass):
         x, weight = node.inputs[0], node.inputs[1]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         assert x is not None and weight is not None
-        if int_attribute(node, "transB", 0) and weight.const_value is None:
+        tensor = infra.weight(weight)
+        if int_attribute(node, "transB", 0) and tensor is None:
             self.fail("a Gemm by the transpose of something that is not a weight", node)
             return
         factors = float_attribute(node, "alpha", 1.0), float_attribute(node, "beta", 1.0)
@@ -34,9 +36,9 @@ class GemmToMatMul(FusionPass):
             return
         if int_attribute(node, "transB", 0):
             if weight not in transposed:
-                assert weight.const_value is not None
-                tensor = weights.transpose(weight.const_value, [1, 0])
-                transposed[weight] = add_initializer(model, f"{weight.name}.transposed", tensor)
+                assert tensor is not None
+                plan = weights.transpose(tensor, [1, 0])
+                transposed[weight] = add_initializer(model, f"{weight.name}.transposed", plan)
             weight = transposed[weight]
         old = node.outputs[0]
         product = tag(ir.node("MatMul", [x, weight], name=node.name), self.name)

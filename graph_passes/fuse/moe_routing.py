@@ -79,7 +79,14 @@ class FuseMixtureOfExperts(FusionPass):
                 continue
             try:
                 routing = _match_ends(node)
-                found = match_gathered(routing.x, routing.weights, routing.chosen, routing.output, routing.top_k)
+                found = match_gathered(
+                    routing.x,
+                    routing.weights,
+                    routing.chosen,
+                    routing.output,
+                    experts=static_dim(routing.router_logits, -1),
+                    top_k=routing.top_k,
+                )
                 if found is not None:
                     experts = Experts(*found)
                 else:

@@ -123,7 +123,7 @@ def _is_centered(value: ir.Value) -> bool:
 def _squared(value: ir.Value | None) -> ir.Value | None:
     power = is_op(value, "Pow")
     if power is not None:
-        return power.inputs[0] if is_constant(power.inputs[1], 2.0) else None
+        return power.inputs[0] if is_constant(power.inputs[1], 2.0, rtol=0) else None
     product = is_op(value, "Mul")
     return product.inputs[0] if product is not None and product.inputs[0] is product.inputs[1] else None
 
@@ -137,7 +137,7 @@ def _only(value: ir.Value, op_type: str) -> ir.Node | None:
 def _scaled_by_rsqrt(total: ir.Value, x32: ir.Value) -> ir.Node | None:
     """x32 * (1 / sqrt(total)), as Sqrt + Reciprocal + Mul, Sqrt + Div or Pow(-0.5) + Mul."""
     power = _only(total, "Pow")
-    if power is not None and is_constant(power.inputs[1], -0.5):
+    if power is not None and is_constant(power.inputs[1], -0.5, rtol=0):
         return _product_with(power.outputs[0], x32)
     root = _only(total, "Sqrt")
     if root is None:
@@ -146,7 +146,7 @@ def _scaled_by_rsqrt(total: ir.Value, x32: ir.Value) -> ir.Node | None:
     if divided is not None:
         if divided.inputs[1] is root.outputs[0] and divided.inputs[0] is x32:
             return divided
-        inverse = is_constant(divided.inputs[0], 1.0) and divided.inputs[1] is root.outputs[0]
+        inverse = is_constant(divided.inputs[0], 1.0, rtol=0) and divided.inputs[1] is root.outputs[0]
         return _product_with(divided.outputs[0], x32) if inverse else None
     reciprocal = _only(root.outputs[0], "Reciprocal")
     return _product_with(reciprocal.outputs[0], x32) if reciprocal is not None else None

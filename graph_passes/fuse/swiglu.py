@@ -12,6 +12,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qwenforge.exporter import weights
+from qwenforge.graph_passes import infra
 from qwenforge.graph_passes.infra import (
     FusionPass,
     add_initializer,
@@ -19,7 +20,6 @@ from qwenforge.graph_passes.infra import (
     is_op,
     other_operand,
     single_consumer,
-    static_dim,
     tag,
 )
 
@@ -83,7 +83,7 @@ class FuseSwiGLU(FusionPass):
         if not _is_matrix(gate.inputs[1]) or not _is_matrix(up.inputs[1]):
             self.fail("gate or up is not a product with a weight matrix", product)
             return None
-        if static_dim(gate.inputs[1], 1) != static_dim(up.inputs[1], 1):
+        if _width(gate.inputs[1]) != _width(up.inputs[1]):
             self.fail("gate and up have different widths", product)
             return None
         if gate_value.is_graph_output() or set(consumers(gate_value)) != readers or single_consumer(up_value) is None:
@@ -121,8 +121,7 @@ class FuseSwiGLU(FusionPass):
                 output.name = f"{node.name}.{index}" if len(node.outputs) > 1 else f"{node.name}.output"
                 output.shape, output.type = old.shape, old.type
         if old.shape is not None:
-            width = static_dim(gate_weight, 1)
-            projection.outputs[0].shape = ir.Shape([*old.shape[:-1], 2 * width if width is not None else None])
+            projection.outputs[0].shape = ir.Shape([*old.shape[:-1], merged.shape[1]])
         model.graph.insert_before(unit.product, nodes)
         new = product.outputs[0]
         new.name, old.name = old.name, None
@@ -131,7 +130,14 @@ class FuseSwiGLU(FusionPass):
 
 
 def _is_matrix(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and len(value.const_value.shape) == 2
+    tensor = infra.weight(value)
+    return tensor is not None and len(tensor.shape) == 2
+
+
+def _width(matrix: ir.Value | None) -> int:
+    tensor = infra.weight(matrix)
+    assert tensor is not None
+    return int(tensor.shape.numpy()[1])
 
 
 def _is_gated_unit(activated: ir.Value) -> bool:

@@ -7,6 +7,8 @@ body.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from qwenforge.graph_passes.fuse.fold_weight_transforms import FoldWeightTransforms
 from qwenforge.graph_passes.infra import FusionPass
 from qwenforge.graph_passes.lower.ort_attention import LowerAttention
@@ -16,6 +18,12 @@ from qwenforge.graph_passes.lower.ort_skip_norm import FuseResidualNorm
 from qwenforge.graph_passes.lower.ort_swish import SwishToQuickGelu
 from qwenforge.graph_passes.lower.qkv_packing import PackQKV
 from qwenforge.graph_passes.lower.unmerge import UnmergeProjections
+
+
+class FoldTableCasts(FoldWeightTransforms):
+    """Fold the cast of the rotary tables in a 16-bit model; all other weights were folded for the portable form."""
+
+    name: ClassVar[str] = "ort_table_casts"
 
 
 def ort_cpu_rules(*, weights: str = "copy") -> list[FusionPass]:
@@ -29,7 +37,7 @@ def ort_cpu_rules(*, weights: str = "copy") -> list[FusionPass]:
     if linked:
         layout = [UnmergeProjections(), MatMulByStoredWeight()]
     return [
-        FoldWeightTransforms(),  # the cast of the rotary tables in a half-precision model
+        FoldTableCasts(),
         LowerAttention(),
         *layout,
         LowerMixtureOfExperts(),

@@ -9,6 +9,7 @@ import pytest
 
 from qwenforge.bench import against_peers
 from qwenforge.bench.against_peers import Figures, main
+from qwenforge.bench.peers import genai
 from qwenforge.bench.peers.process import MeasuredProcess
 from qwenforge.bench.peers.random_checkpoint import write_random_checkpoint
 from qwenforge.errors import UserError
@@ -36,6 +37,30 @@ def test_process_answers_with_times_and_its_own_memory() -> None:
         times, peak = process.run(prompt_tokens=128, new_tokens=4, seed=0)
     assert times == pytest.approx([0.0, 0.128, 0.138, 0.148, 0.158])
     assert (peak < 200 << 20) == Path("/proc/self/status").is_file()
+
+
+STAND_IN = """
+class Model:
+    def __init__(self, path): self.path = path
+class GeneratorParams:
+    def __init__(self, model): self.model = model
+    def set_search_options(self, **options): self.options = options
+class Generator:
+    def __init__(self, model, params): self.left = params.options["max_length"]
+    def append_tokens(self, tokens): self.left -= tokens.shape[1]
+    def generate_next_token(self):
+        assert self.left > 0
+        self.left -= 1
+"""
+
+
+def test_worker_of_the_peer_needs_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in the peer's environment, here with a stand-in for the package."""
+    (tmp_path / "onnxruntime_genai.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with MeasuredProcess([sys.executable, genai.WORKER], "peer", {"model": "x", "vocab_size": 8}) as process:
+        times, _ = process.run(prompt_tokens=5, new_tokens=3, seed=0)
+    assert len(times) == 4 and times == sorted(times)
 
 
 def test_engine_that_cannot_be_loaded_is_a_user_error() -> None:

@@ -343,6 +343,28 @@ def test_experts_that_compute_something_else_stay_and_are_told(case: str, form: 
     assert len(rule.failures) == 1 and rule.failures[0].startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("repeated", "reason"),
+    [
+        ("column = Unsqueeze(x, zero)  copies = Expand(column, whole)", ELSE),
+        ("moved = Add(x, factor)  column = Unsqueeze(moved, one)  copies = Expand(column, repeats)", ELSE),
+        (
+            "seen = Max(x, factor)  column = Unsqueeze(seen, one)  copies = Expand(column, repeats)",
+            "the experts use Max",
+        ),
+    ],
+    ids=["in the order of other rows", "moved", "cut off"],
+)
+def test_experts_of_other_tokens_than_the_router_reads_are_told(repeated: str, reason: str) -> None:
+    plain = "column = Unsqueeze(x, one)  copies = Expand(column, repeats)"
+    extra = {"factor": np.array(0.5, np.float32), "whole": np.array([3, 1, 1])}
+    model = _model(f"{ROUTING} {GATHERED.replace(plain, repeated)}", **extra)
+    before = ops(model)
+    rule = apply_rule(FuseMixtureOfExperts(), model)
+    assert rule.matches == 0 and ops(model) == before
+    assert len(rule.failures) == 1 and rule.failures[0].startswith(reason)
+
+
 def test_experts_of_another_runtime_are_told() -> None:
     nodes = GATHERED.replace(SILU, "a = com.microsoft.QuickGelu<alpha = 1.0>(g)")
     rule = apply_rule(FuseMixtureOfExperts(), _model(f"{ROUTING} {nodes}"))
