@@ -16,7 +16,7 @@ _PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "
 
 
 def circumstances() -> dict[str, Any]:
-    """``date``, ``commit`` (None outside a git checkout; ends in ``+`` with local changes), ``machine``, ``packages``."""
+    """``date``, ``commit`` (None outside a checkout; ends in ``+`` with local changes), ``machine``, ``packages``."""
     now = datetime.now(timezone.utc)
     return {"date": now.date().isoformat(), "commit": _commit(), "machine": _machine(), "packages": _packages()}
 

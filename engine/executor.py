@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge import names
+from qwenforge.graph_passes.execution import upcast_to_float32
 from qwenforge.graph_passes.segments import split_by_layer
 
 Array = npt.NDArray[np.generic]
@@ -26,10 +27,13 @@ class StepExecutor:
         path: ``model.onnx`` beside its data file.
         batch, capacity: sizes of the caches.
         whole: keep one session; otherwise make a session for each layer's piece, call by call.
+        upcast: compute in fp32 what the model computes in 16 bits.
     """
 
-    def __init__(self, path: Path, *, batch: int, capacity: int, whole: bool) -> None:
+    def __init__(self, path: Path, *, batch: int, capacity: int, whole: bool, upcast: bool = False) -> None:
         model = ir.load(path)  # locations stay relative, as ONNX Runtime wants them; no value is read
+        if upcast:
+            upcast_to_float32(model, cast_weights_in_graph=True)
         self._folder = path.parent
         self._caches: dict[str, Array] = {}
         for value in model.graph.inputs:
@@ -38,7 +42,7 @@ class StepExecutor:
                 shape = (batch, int(value.shape[1]), capacity, int(value.shape[3]))  # type: ignore[arg-type]
                 self._caches[value.name] = np.zeros(shape, value.dtype.numpy())
         self._pieces: list[ir.Model] = [] if whole else split_by_layer(model)
-        self._session = _session(path) if whole else None
+        self._session = (self._saved(model, "whole") if upcast else _session(path)) if whole else None
 
     def __call__(
         self,
@@ -70,12 +74,16 @@ class StepExecutor:
         return joined[names.LOGITS].astype(np.float32)
 
     def _run_piece(self, piece: ir.Model, index: int, groups: list[dict[str, Array]]) -> None:
-        path = self._folder / f".verify-piece-{index}.onnx"
+        session = self._saved(piece, f"piece-{index}")
+        for group in groups:
+            group |= _run(session, group)
+
+    def _saved(self, model: ir.Model, name: str) -> Any:
+        """A session of ``model``, which lies beside the data file for as long as it is being read."""
+        path = self._folder / f".verify-{name}.onnx"
         try:
-            ir.save(piece, path)
-            session = _session(path)
-            for group in groups:
-                group |= _run(session, group)
+            ir.save(model, path)
+            return _session(path)
         finally:
             path.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ Progress = Callable[[str, float], None]
 
 DEFAULT_MAX_LENGTH = 32768
 """Longest context of a bundle unless asked otherwise; the model's own limit when that is shorter."""
+_TOOLS = ("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers")
 _DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
@@ -111,10 +113,6 @@ def export_checkpoint(
     length = _context_length(source, max_length)
     if weights not in ("copy", "link"):
         raise UserError(f"--weights is copy or link, not {weights}.")
-    if verify_result and target == "portable" and chosen == "bf16":
-        raise UnsupportedError(
-            "a bf16 portable model cannot be run here to verify it; choose fp32 or fp16, or add --no-verify."
-        )
     with BundleWriter(output) as writer:
         clock.start("trace")
         traced = trace(source, _DTYPES[chosen])
@@ -149,9 +147,10 @@ def export_checkpoint(
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)
         writer.add_json(GENERATION_CONFIG, dict(source.generation_config))
-        _add_accuracy(writer, report)
+        _add_accuracy(writer, chosen, report)
         facts = _facts(source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report)
-        bundle = writer.commit(facts)
+        hashes = {saved.data.path.name: saved.data.sha256} if saved.data else {}
+        bundle = writer.commit(facts, known_sha256=hashes)
     return ExportReport(
         bundle=bundle,
         target=target,
@@ -249,7 +248,7 @@ def _drop_unused_links(folder: Path, linked_bytes: int, links: object) -> None:
     )
 
 
-def _add_accuracy(writer: BundleWriter, report: VerificationReport | None) -> None:
+def _add_accuracy(writer: BundleWriter, dtype: str, report: VerificationReport | None) -> None:
     if report is None:
         writer.add_accuracy({"verified": False})
         return
@@ -259,10 +258,12 @@ def _add_accuracy(writer: BundleWriter, report: VerificationReport | None) -> No
     writer.add_accuracy(
         {
             "verified": True,
-            "reference": "transformers fp32",
+            "reference": _reference(dtype),
             "method": report.method,
             "prompts": report.prompts,
+            "new_tokens": report.new_tokens,
             "positions": report.positions,
+            "positions_beyond_bound": report.strays,
             "max_abs_error": report.max_abs_error,
             "bound": report.bound,
             "mean_kl": report.mean_kl,
@@ -315,7 +316,8 @@ def _facts(
             shared_expert_intermediate_size=(config.shared_expert_intermediate_size or None) if sparse else None,
             max_position_embeddings=config.max_position_embeddings,
         ),
-        verification=_verification(report),
+        verification=_verification(dtype, report),
+        tool_versions=_tool_versions(),
         session_options={"session.disable_prepacking": "1"} if weights == "link" else {},
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         bos_token_id=generation.get("bos_token_id"),
@@ -323,14 +325,19 @@ def _facts(
     )
 
 
-def _verification(report: VerificationReport | None) -> Verification:
+def _tool_versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _TOOLS}
+
+
+def _verification(dtype: str, report: VerificationReport | None) -> Verification:
     if report is None:
         return Verification(performed=False)
     return Verification(
         performed=True,
         method="whole-model" if report.method == "whole-model" else "layer-by-layer",
-        reference="transformers fp32",
+        reference=_reference(dtype),
         prompts=report.prompts,
+        new_tokens=report.new_tokens,
         max_abs_error=report.max_abs_error,
         kl=report.max_kl,
         greedy_match=report.token_disagreements == 0,
@@ -338,16 +345,20 @@ def _verification(report: VerificationReport | None) -> Verification:
     )
 
 
+def _reference(dtype: str) -> str:
+    return "transformers fp32, weights rounded to bf16" if dtype == "bf16" else "transformers fp32"
+
+
 def _stored_dtype(source: Checkpoint) -> str:
     """The dtype of most of the checkpoint's bytes."""
     sizes: dict[str, int] = {}
-    for name in source.names:
-        tensor = source.tensor(name)
-        sizes[tensor.dtype.name.lower()] = sizes.get(tensor.dtype.name.lower(), 0) + tensor.nbytes
+    for tensor in map(source.tensor, source.names):
+        name = tensor.dtype.numpy().name
+        sizes[name] = sizes.get(name, 0) + tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _spec(value: ir.Value) -> TensorSpec:
     assert value.name is not None and value.dtype is not None and value.shape is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-    return TensorSpec(name=value.name, dtype=value.dtype.name.lower(), shape=shape)
+    return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)

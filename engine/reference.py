@@ -26,14 +26,16 @@ class Reference:
     Args:
         checkpoint: where the weights are.
         resident: keep weights once read; otherwise each module's are dropped after it has run.
+        rounded_to: round the weights to this type before they become fp32.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, resident: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, resident: bool, rounded_to: ir.DataType | None = None) -> None:
         import torch
         from transformers import AutoModelForCausalLM, DynamicCache
 
         self._checkpoint = checkpoint
         self._resident = resident
+        self._rounded_to = rounded_to
         config = checkpoint.config.to_transformers()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
@@ -88,8 +90,10 @@ class Reference:
 
             for name, parameter in list(owner.named_parameters()):
                 if parameter.device.type == "meta":
-                    tensor = cast(self._checkpoint.state_tensor(f"{prefix}.{name}"), ir.DataType.FLOAT)
-                    array = np.ascontiguousarray(tensor.numpy())
+                    tensor = self._checkpoint.state_tensor(f"{prefix}.{name}")
+                    if self._rounded_to is not None:
+                        tensor = cast(tensor, self._rounded_to)
+                    array = np.ascontiguousarray(cast(tensor, ir.DataType.FLOAT).numpy())
                     _set(owner, name, torch.from_numpy(array if array.flags.writeable else array.copy()))
 
         def drop(owner: torch.nn.Module, _: object, __: object) -> None:

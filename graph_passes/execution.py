@@ -126,9 +126,19 @@ def _share_weights(model: ir.Model, options: Any) -> list[Any]:
     return shared
 
 
-def upcast_to_float32(model: ir.Model) -> None:
-    """Turn every fp16 and bf16 value, constant and cast of ``model`` into fp32, in place."""
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+def upcast_to_float32(model: ir.Model, *, cast_weights_in_graph: bool = False) -> None:
+    """Turn every fp16 and bf16 value, constant and cast of ``model`` into fp32, in place.
+
+    Args:
+        model: the model.
+        cast_weights_in_graph: leave the initializers as they are, where they are, and let Cast nodes read them.
+    """
+    if cast_weights_in_graph:
+        _cast_initializers(model.graph)
+    else:
+        for value in model.graph.initializers.values():
+            _retype(value)
+    for value in model.graph.inputs:
         _retype(value)
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         for node in graph.all_nodes():
@@ -136,6 +146,22 @@ def upcast_to_float32(model: ir.Model) -> None:
                 _retype(output)
             for name, attribute in list(node.attributes.items()):
                 node.attributes[name] = _upcast_attribute(attribute)
+
+
+def _cast_initializers(graph: ir.Graph) -> None:
+    casts = []
+    for value in graph.initializers.values():
+        if value.dtype in _HALF_TYPES:
+            cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}.float32")
+            cast.outputs[0].name, cast.outputs[0].shape = f"{value.name}.float32", value.shape
+            cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            for user, index in tuple(value.uses()):
+                if user is not cast:
+                    user.replace_input_with(index, cast.outputs[0])
+            casts.append(cast)
+    first = next(iter(graph), None)
+    if first is not None:
+        graph.insert_before(first, casts)
 
 
 def _retype(value: ir.Value) -> None:

@@ -121,6 +121,8 @@ def optimize(
         GraphError: the graph cannot be prepared, or ``target`` needs a form that the rules did not reach.
         UserError: a name in ``disable`` or ``target`` is unknown.
     """
+    from onnx_ir.passes.common import RemoveUnusedFunctionsPass
+
     from qwenforge.graph_passes.fuse.rope import DEFAULT_POSITIONS
     from qwenforge.graph_passes.lower import lowering_rules
 
@@ -143,6 +145,7 @@ def optimize(
             progress(rule.name)
         current, step = _apply(rule, current, verifier)
         steps.append(step)
+    RemoveUnusedFunctionsPass()(current)  # type: ignore[no-untyped-call]
     return PipelineResult(current, steps, tuple(verifier.skipped) if verifier is not None else ())
 
 

@@ -20,7 +20,7 @@ from qwenforge.errors import GraphError
 from qwenforge.exporter import weights
 from qwenforge.exporter.checkpoint import CheckpointTensor
 from qwenforge.graph_passes.execution import upcast_to_float32
-from qwenforge.graph_passes.infra import consumers, static_dim
+from qwenforge.graph_passes.infra import consumers, static_dim, weight
 from qwenforge.graph_passes.signature import detect_signature
 from qwenforge.graph_passes.subgraph import ancestors, extract, leaves
 
@@ -102,7 +102,7 @@ def _stacked_weights(nodes: list[ir.Node], experts: int) -> list[tuple[str, ir.T
     found: dict[str, ir.TensorProtocol] = {}
     for node in nodes:
         for value in node.inputs:
-            tensor = value.const_value if value is not None and not value.is_graph_input() else None
+            tensor = weight(value)
             if value is not None and tensor is not None and len(tensor.shape) == 3 and tensor.shape[0] == experts:
                 found[str(value.name)] = tensor
     if len(found) != 2:
@@ -205,8 +205,8 @@ def _error(sample: Sample, gate_up: Array, down: Array, top_k: int, normalize: b
     for token, row in enumerate(probabilities):
         chosen = np.argsort(-row, kind="stable")[:top_k]
         scale = row[chosen] / row[chosen].sum() if normalize else row[chosen]
-        for expert, weight in zip(chosen, scale, strict=True):
+        for expert, share in zip(chosen, scale, strict=True):
             gate, up = np.split(gate_up[expert] @ sample.x[token], 2)
-            expected[token] += weight * (down[expert] @ (gate / (1 + np.exp(-gate)) * up))
+            expected[token] += share * (down[expert] @ (gate / (1 + np.exp(-gate)) * up))
     error = np.abs(sample.result - expected).max() / max(np.abs(expected).max(), 1e-30)
     return float(error) if np.isfinite(error) else float("inf")

@@ -18,6 +18,7 @@ from qwenforge.graph_passes.infra import (
     int_attribute,
     integers,
     ints_attribute,
+    weight,
 )
 
 
@@ -48,11 +49,10 @@ def _all_weights(node: ir.Node) -> bool:
     data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
     return not any(output.is_graph_output() for output in node.outputs) and all(
         value is not None
-        and value.const_value is not None
         and value.is_initializer()
-        and not value.is_graph_input()
-        and value.const_value.dtype.is_floating_point()
-        and len(value.const_value.shape) > 0
+        and (tensor := weight(value)) is not None
+        and tensor.dtype.is_floating_point()
+        and len(tensor.shape) > 0
         for value in data
     )
 

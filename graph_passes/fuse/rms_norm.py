@@ -19,6 +19,7 @@ from qwenforge.graph_passes.infra import (
     is_constant,
     is_op,
     other_operand,
+    rank,
     scalar,
     static_dim,
     tag,
@@ -58,8 +59,7 @@ class FuseRMSNorm(FusionPass):
         if x32 is None:
             return None  # a mean of something else
         axes = integers(mean.inputs[1]) if len(mean.inputs) > 1 else None
-        rank = len(x32.shape) if x32.shape is not None else None
-        if axes is None or len(axes) != 1 or (axes[0] != -1 and axes[0] != (rank or 0) - 1):
+        if axes is None or len(axes) != 1 or (axes[0] != -1 and axes[0] != (rank(x32) or 0) - 1):
             self.fail("the mean of squares is not over the last axis", mean)
             return None
         if int_attribute(mean, "keepdims", 1) != 1:
@@ -97,6 +97,9 @@ class FuseRMSNorm(FusionPass):
         size = static_dim(x32, -1)
         if weight.const_value is None or len(weight.const_value.shape) != 1 or weight.const_value.shape[0] != size:
             self.fail("the weight is not a vector over the last axis", product)
+            return None
+        if rank(product.outputs[0]) not in (None, rank(x32)):
+            self.fail("a constant gives the result more dimensions than x has", product)
             return None
         return Norm(product, x, weight, epsilon)
 

@@ -121,7 +121,7 @@ class FuseSwiGLU(FusionPass):
                 output.name = f"{node.name}.{index}" if len(node.outputs) > 1 else f"{node.name}.output"
                 output.shape, output.type = old.shape, old.type
         if old.shape is not None:
-            projection.outputs[0].shape = ir.Shape([*old.shape[:-1], merged.shape[1]])
+            projection.outputs[0].shape = ir.Shape([*old.shape[:-1], int(merged.shape.numpy()[1])])
         model.graph.insert_before(unit.product, nodes)
         new = product.outputs[0]
         new.name, old.name = old.name, None
