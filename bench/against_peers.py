@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from qwenforge.bench.circumstances import circumstances
+from qwenforge.bench.geometries import GEOMETRIES, write_checkpoint
 from qwenforge.bench.latency import Spread
 from qwenforge.bench.peers import genai
 from qwenforge.bench.peers.process import MeasuredProcess
-from qwenforge.bench.peers.random_checkpoint import GEOMETRIES, write_random_checkpoint
 from qwenforge.errors import UserError
 
 EXAMPLE = "python -m qwenforge.bench.against_peers --work /tmp/peers --prompt-tokens 128,512 --json peers.json"
@@ -71,13 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m qwenforge.bench.against_peers",
         description="Measure qwenforge and onnxruntime-genai (its own fp32 graph in its own runtime) on a random "
         "checkpoint, in one sitting. The checkpoint, the peer's environment and both exports are made in --work on the "
-        "first run (some minutes and 7 GB for qwen2-0.5b) and kept. Quiet the machine first: believe ratios, "
+        "first run (some minutes and 7 GB for 0.5b) and kept. Quiet the machine first: believe ratios, "
         "not times.",
         epilog=f"example:\n  {EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for everything made")
-    parser.add_argument("--geometry", choices=list(GEOMETRIES), default="qwen2-0.5b", help="default: qwen2-0.5b")
+    parser.add_argument("--geometry", choices=list(GEOMETRIES), default="0.5b", help="default: 0.5b")
     parser.add_argument("--prompt-tokens", type=_counts, default=[128, 512], metavar="N,...", help="default: 128,512")
     parser.add_argument("--new-tokens", type=_count, default=33, metavar="N", help="tokens of each run (default: 33)")
     parser.add_argument("--rounds", type=_count, default=7, metavar="R", help="counted runs of each (default: 7)")
@@ -104,7 +105,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see :func:`main` for the arguments.
 
     Returns:
-        ``settings``, and for each engine its ``figures`` and its ``ratio`` (ours over the peer's, by prompt length).
+        The circumstances, ``settings``, and for each engine its ``figures`` and its ``ratio`` (ours over the peer's, by prompt length).
 
     Raises:
         UserError: an engine cannot be built or loaded.
@@ -112,7 +113,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.work / args.geometry
     vocab_size = int(GEOMETRIES[args.geometry]["vocab_size"])
     _tell("checkpoint")
-    checkpoint = write_random_checkpoint(folder / "checkpoint", args.geometry)
+    checkpoint = write_checkpoint(folder / "checkpoint", args.geometry)
     python = args.peer_python or genai.environment(args.work / "genai-environment")
     builds: dict[str, tuple[str, ...]] = {"onnxruntime-genai": ()}
     if args.last_token_head:
@@ -129,6 +130,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         starts[name] = ([python, genai.WORKER], {"model": str(model), "vocab_size": vocab_size})
     figures = _measure(starts, args.prompt_tokens, args.new_tokens, args.rounds)
     return {
+        **circumstances(),
         "settings": {
             "geometry": args.geometry,
             "new_tokens": args.new_tokens,
