@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge import names
+from qwenforge.engine.free_memory import give_back_freed_memory
 from qwenforge.graph_passes.execution import upcast_to_float32
 from qwenforge.graph_passes.segments import split_by_layer
 
@@ -77,6 +78,8 @@ class StepExecutor:
         session = self._saved(piece, f"piece-{index}")
         for group in groups:
             group |= _run(session, group)
+        del session
+        give_back_freed_memory()
 
     def _saved(self, model: ir.Model, name: str) -> Any:
         """A session of ``model``, which lies beside the data file for as long as it is being read."""

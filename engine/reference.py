@@ -1,8 +1,9 @@
 """transformers as the reference, with the weights of one module in memory at a time.
 
 The model is transformers' own, built on the meta device; a hook around each module that owns weights reads them from
-the checkpoint just before it runs and drops them right after. A model much larger than memory can be run this way, one
-pass over its weights per call. Small models keep their weights between calls.
+the checkpoint just before it runs and drops them right after. Of the embedding only the rows asked for are read, and
+the vocabulary projection is computed a block of rows at a time. A model much larger than memory can be run this way,
+one pass over its weights per call. Small models keep their weights between calls.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qwenforge.engine.free_memory import give_back_freed_memory
 from qwenforge.exporter.checkpoint import Checkpoint
-from qwenforge.exporter.weights import cast
+from qwenforge.exporter.expected_tensors import EMBEDDING, OUTPUT_HEAD
+from qwenforge.exporter.leaves import mapped_array
+from qwenforge.exporter.weights import cast, slice_
 
 if TYPE_CHECKING:
     import torch
+
+
+_HEAD_ROWS = 8192
+"""Rows of the vocabulary projection in memory at a time."""
 
 
 class Reference:
@@ -44,11 +52,9 @@ class Reference:
             model.set_experts_implementation("eager")
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         self._model: Any = model
-        owners = {
-            "model.embed_tokens": model.model.embed_tokens,
-            "model.norm": model.model.norm,
-            "lm_head": model.lm_head,
-        }
+        owners = {"model.norm": model.model.norm}
+        if resident:
+            owners |= {"model.embed_tokens": model.model.embed_tokens, "lm_head": model.lm_head}
         owners |= {f"model.layers.{index}": layer for index, layer in enumerate(model.model.layers)}
         for name, module in owners.items():
             self._stream(name, module)
@@ -72,7 +78,7 @@ class Reference:
         self._mask = mask if self._mask is None else np.concatenate([self._mask, mask], axis=1)
         with torch.inference_mode():
             hidden = self._model.model(
-                input_ids=torch.from_numpy(tokens),
+                inputs_embeds=self._embedding(tokens),
                 position_ids=torch.from_numpy(positions),
                 attention_mask=torch.from_numpy(self._mask),
                 past_key_values=self._cache,
@@ -81,8 +87,38 @@ class Reference:
             if index is not None:
                 chosen = torch.from_numpy(index)[:, :, None].expand(-1, -1, hidden.shape[-1])
                 hidden = hidden.gather(1, chosen)
+            return self._logits(hidden)
+
+    def _embedding(self, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
+        import torch
+
+        if self._resident:
+            embedded: torch.Tensor = self._model.model.embed_tokens(torch.from_numpy(tokens))
+            return embedded
+        rows = mapped_array(self._checkpoint.state_tensor(EMBEDDING))[tokens]
+        return torch.from_numpy(self._as_fp32(ir.tensor(rows)))
+
+    def _logits(self, hidden: torch.Tensor) -> npt.NDArray[np.float32]:
+        import torch
+
+        if self._resident:
             logits: npt.NDArray[np.float32] = self._model.lm_head(hidden).numpy()
-        return logits
+            return logits
+        head = self._checkpoint.state_tensor(OUTPUT_HEAD)
+        size = int(head.shape.numpy()[0])
+        blocks = []
+        for start in range(0, size, _HEAD_ROWS):
+            rows = torch.from_numpy(self._as_fp32(slice_(head, 0, start, min(start + _HEAD_ROWS, size))))
+            blocks.append(torch.nn.functional.linear(hidden, rows).numpy())
+        return np.concatenate(blocks, axis=-1)
+
+    def _as_fp32(self, tensor: ir.TensorProtocol) -> npt.NDArray[np.float32]:
+        """The values in memory of our own, rounded if asked."""
+        if self._rounded_to is not None:
+            tensor = cast(tensor, self._rounded_to)
+        # Not numpy(): a stored tensor would keep its file mapped, and the pages of all layers would add up.
+        array = np.ascontiguousarray(mapped_array(cast(tensor, ir.DataType.FLOAT)))
+        return array if array.flags.writeable else array.copy()
 
     def _stream(self, prefix: str, module: torch.nn.Module) -> None:
         def load(owner: torch.nn.Module, _: object) -> None:
@@ -91,14 +127,12 @@ class Reference:
             for name, parameter in list(owner.named_parameters()):
                 if parameter.device.type == "meta":
                     tensor = self._checkpoint.state_tensor(f"{prefix}.{name}")
-                    if self._rounded_to is not None:
-                        tensor = cast(tensor, self._rounded_to)
-                    array = np.ascontiguousarray(cast(tensor, ir.DataType.FLOAT).numpy())
-                    _set(owner, name, torch.from_numpy(array if array.flags.writeable else array.copy()))
+                    _set(owner, name, torch.from_numpy(self._as_fp32(tensor)))
 
         def drop(owner: torch.nn.Module, _: object, __: object) -> None:
             for name, parameter in list(owner.named_parameters()):
                 _set(owner, name, parameter.data.to("meta"))
+            give_back_freed_memory()
 
         module.register_forward_pre_hook(load)
         if not self._resident:

@@ -216,7 +216,8 @@ def verify(
         raise VerificationError(
             f"the exported model differs from transformers: logits by {report.max_abs_error:.2e} "
             f"(bound {report.bound:.1e}, worst {comparison.worst}; {report.strays} of {report.positions} positions "
-            f"beyond it), {report.token_disagreements} tokens, mean KL {report.mean_kl:.1e}; no bundle was written. Please report this checkpoint's configuration."
+            f"beyond it), {report.token_disagreements} tokens, mean KL {report.mean_kl:.1e}; no bundle was written. "
+            "Please report this checkpoint's configuration."
         )
     return report
 
