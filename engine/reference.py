@@ -70,12 +70,18 @@ class Reference:
     ) -> npt.NDArray[np.float32]:
         """Logits of ``tokens`` [B, S], of all of them or of those at ``index`` [B, N]; [B, S or N, V].
 
-        ``valid`` [B, S] is False for padding, which later calls do not see either.
+        ``valid`` [B, S] is False for padding behind a row's tokens, which later calls do not see. transformers counts a
+        sliding window in places of the cache, padding included, so the padding is moved in front.
         """
         import torch
 
-        mask = valid.astype(np.int64)
+        padding = valid.shape[1] - valid.sum(1)
+        places = np.arange(valid.shape[1]) - padding[:, None]  # [B, S]; where the token of each place comes from
+        tokens, positions = (np.take_along_axis(array, places % valid.shape[1], 1) for array in (tokens, positions))
+        mask = (places >= 0).astype(np.int64)
         self._mask = mask if self._mask is None else np.concatenate([self._mask, mask], axis=1)
+        index = np.tile(np.arange(valid.shape[1]), (len(valid), 1)) if index is None else index
+        index = (index + padding[:, None]) % valid.shape[1]  # of padding: any
         with torch.inference_mode():
             hidden = self._model.model(
                 inputs_embeds=self._embedding(tokens),
@@ -84,10 +90,8 @@ class Reference:
                 past_key_values=self._cache,
                 use_cache=True,
             ).last_hidden_state
-            if index is not None:
-                chosen = torch.from_numpy(index)[:, :, None].expand(-1, -1, hidden.shape[-1])
-                hidden = hidden.gather(1, chosen)
-            return self._logits(hidden)
+            chosen = torch.from_numpy(index)[:, :, None].expand(-1, -1, hidden.shape[-1])
+            return self._logits(hidden.gather(1, chosen))
 
     def _embedding(self, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
         import torch

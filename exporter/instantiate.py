@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.exporter.checkpoint import Checkpoint, CheckpointTensor
+from qwenforge.exporter.expected_tensors import EMBEDDING, OUTPUT_HEAD
 from qwenforge.exporter.trace import TracedModel
-from qwenforge.exporter.weights import substitute
+from qwenforge.exporter.weights import leaves, substitute
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _CACHE = re.compile(r"^(past_key_values|present)\.(\d+)\.(key|value)$")
@@ -39,6 +40,9 @@ def instantiate(fused: ir.Model, traced: TracedModel, checkpoint: Checkpoint) ->
         fused: ``traced.model`` after the portable passes.
         traced: says which template each layer copies.
         checkpoint: where the other layers' tensors are.
+
+    Raises:
+        RuntimeError: the result would not use every tensor of the checkpoint; a bug, never the checkpoint's fault.
     """
     templates = _split(fused, len(traced.representative))
     graph = fused.graph
@@ -63,6 +67,7 @@ def instantiate(fused: ir.Model, traced: TracedModel, checkpoint: Checkpoint) ->
     order = [names.LOGITS]
     for layer in range(len(traced.template_of_layer)):
         order += [names.present_key(layer), names.present_value(layer)]
+    _require_all_tensors(copier.initializers, checkpoint)
     built = ir.Graph(
         copier.inputs,
         [outputs[name] for name in order],
@@ -72,6 +77,17 @@ def instantiate(fused: ir.Model, traced: TracedModel, checkpoint: Checkpoint) ->
         name=graph.name,
     )
     return ir.Model(built, ir_version=fused.ir_version, functions=list(fused.functions.values()))
+
+
+def _require_all_tensors(initializers: list[ir.Value], checkpoint: Checkpoint) -> None:
+    """A weight lost on the way here would only show as wrong logits."""
+    tensors = [value.const_value for value in initializers if value.const_value is not None]
+    read = {leaf.checkpoint_name for tensor in tensors for leaf in leaves(tensor) if isinstance(leaf, CheckpointTensor)}
+    unread = set(checkpoint.names) - read
+    if checkpoint.config.tie_word_embeddings:
+        unread -= {EMBEDDING, OUTPUT_HEAD}
+    if unread:
+        raise RuntimeError(f"the exported graph does not use {min(unread)} of the checkpoint")
 
 
 def _split(model: ir.Model, count: int) -> list[Template]:
@@ -179,7 +195,7 @@ class _Copier:
                 own[old] = _copied(old, rename(old.name))
                 self.inputs.append(own[old])
                 return own[old]
-            if old.const_value is not None and _LAYER.match(old.name or ""):
+            if old.const_value is not None and (_LAYER.match(old.name or "") or self._is_of_layer(old.const_value)):
                 tensor = self._tensor_of(old.const_value, template.index, layer)
                 own[old] = _copied(old, rename(old.name), tensor)
                 self.initializers.append(own[old])
@@ -194,6 +210,10 @@ class _Copier:
 
         nodes = [self._copy_node(node, lookup, keep, rename) for node in template.nodes]
         return nodes, own[template.hidden_out], present
+
+    def _is_of_layer(self, tensor: ir.TensorProtocol) -> bool:
+        named = (leaf.checkpoint_name for leaf in leaves(tensor) if isinstance(leaf, CheckpointTensor))
+        return any(_LAYER.match(name) for name in named)
 
     def _tensor_of(self, tensor: ir.TensorProtocol, template: int, layer: int) -> ir.TensorProtocol:
         """The same weight expression over the tensors of checkpoint layer ``layer``."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qwenforge.errors import GraphError, UserError
+from qwenforge.exporter.checkpoint import CheckpointTensor
 from qwenforge.graph_passes.infra import FusionPass
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 OPSET = 24
 OLDEST_OPSET = 18
+_LARGE = 1024
 
 Progress = Callable[[str], None]
 
@@ -209,7 +211,11 @@ def _raise_opset(model: ir.Model) -> None:
 
 
 def _fold(model: ir.Model) -> None:
-    """Fold constants without ever reading a weight: large initializers are hidden from the folder meanwhile."""
+    """Fold constants without ever reading a weight: weights are hidden from the folder meanwhile.
+
+    A checkpoint's tensor is one whatever its size: folded into a constant, or shared with one that happens to be equal,
+    it would lose the name by which other layers find theirs. In a foreign graph a weight is what is large.
+    """
     import logging
 
     import onnxscript.optimizer
@@ -217,7 +223,7 @@ def _fold(model: ir.Model) -> None:
     hidden: list[tuple[ir.Value, ir.TensorProtocol]] = []
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and tensor.size > 1024:
+        if tensor is not None and (tensor.size > _LARGE or isinstance(tensor, CheckpointTensor)):
             hidden.append((value, tensor))
             value.const_value = None
     kept = {value.name: tensor for value, tensor in hidden}

@@ -5,18 +5,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qwenforge import names
 from qwenforge.exporter import weights
-from qwenforge.exporter.checkpoint import CheckpointTensor
+from qwenforge.exporter.checkpoint import Checkpoint, CheckpointTensor
 from qwenforge.exporter.instantiate import instantiate
+from qwenforge.exporter.trace import trace
+from qwenforge.graph_passes.pipeline import optimize
 from support.cached_decoder import CachedDecoder, random_tokens, reference_logits
+from support.checkpoints import make_checkpoint
 from support.exported_models import DENSE, MIXED, SPARSE, exported, in_memory
 from support.tolerances import FLOAT32_MODEL
 
@@ -33,7 +39,13 @@ def _sources(value: ir.Value) -> Iterable[str]:
     return (leaf.checkpoint_name for leaf in weights.leaves(value.const_value) if isinstance(leaf, CheckpointTensor))
 
 
-@pytest.mark.parametrize(("kind", "config"), [("qwen2", DENSE), ("qwen2_moe", MIXED), ("qwen2_moe", SPARSE)])
+SMALL = {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 56, "num_hidden_layers": 3}
+"""Projections so small that a constant folder would take them for constants."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"), [("qwen2", DENSE), ("qwen2", SMALL), ("qwen2_moe", MIXED), ("qwen2_moe", SPARSE)]
+)
 def test_every_layer_reads_its_own_tensors_and_no_others(kind: Any, config: dict[str, Any]) -> None:
     source = exported(kind, **config)
     read: Counter[str] = Counter()
@@ -144,3 +156,17 @@ def test_template_without_its_norm_is_an_internal_error() -> None:
     broken.graph.initializers["model.norm.weight"].name = "another.weight"
     with pytest.raises(RuntimeError, match=r"no RMSNormalization by model\.norm\.weight"):
         instantiate(broken, source.traced, source.checkpoint)
+
+
+def test_weights_equal_in_the_traced_layer_stay_apart(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "qwen2", tokenizer=False)
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        state[f"model.layers.0.{norm}.weight"] = torch.ones_like(state["model.norm.weight"])
+    save_file(state, file, metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    traced = trace(checkpoint, ir.DataType.FLOAT)
+    model = instantiate(optimize(traced.model, positions=256).model, traced, checkpoint)
+    norm = model.graph.initializers["model.layers.1.post_attention_layernorm.weight"]
+    assert set(_sources(norm)) == {"model.layers.1.post_attention_layernorm.weight"}

@@ -22,8 +22,6 @@ from qwenforge.graph_passes.pipeline import optimize
 from support.checkpoints import Kind, make_checkpoint
 
 POSITIONS = 256
-FOLDED = 1024
-"""Elements up to which the passes treat a tensor as a constant that may be read to fold it."""
 _READERS = ("numpy", "tobytes", "tofile", "__array__", "__dlpack__")
 
 DENSE: dict[str, Any] = {
@@ -85,26 +83,19 @@ def _exported(kind: Kind, dtype: ir.DataType, config: str) -> Exported:
     checkpoint = Checkpoint.open(folder.name)
     with no_weight_is_read():
         traced = trace(checkpoint, dtype)
-    with no_weight_is_read(above=FOLDED):
+    with no_weight_is_read():
         fused = optimize(traced.model, positions=POSITIONS).model
     return Exported(checkpoint, traced, fused)
 
 
 @contextmanager
-def no_weight_is_read(above: int = 0) -> Iterator[None]:
-    """Fail when a tensor of a checkpoint with more than ``above`` elements is asked for its values."""
+def no_weight_is_read() -> Iterator[None]:
+    """Fail when a tensor of a checkpoint is asked for its values."""
 
-    def guard(name: str) -> Any:
-        read = getattr(CheckpointTensor, name)
+    def refuse(tensor: CheckpointTensor, *_: Any, **__: Any) -> Any:
+        raise AssertionError(f"{tensor.checkpoint_name} was read")
 
-        def refuse(tensor: CheckpointTensor, *args: Any, **options: Any) -> Any:
-            if tensor.size > above:
-                raise AssertionError(f"{tensor.checkpoint_name} was read")
-            return read(tensor, *args, **options)
-
-        return refuse
-
-    with mock.patch.multiple(CheckpointTensor, **{name: guard(name) for name in _READERS}):
+    with mock.patch.multiple(CheckpointTensor, **dict.fromkeys(_READERS, refuse)):
         yield
 
 
