@@ -29,12 +29,19 @@ class StepExecutor:
         batch, capacity: sizes of the caches.
         whole: keep one session; otherwise make a session for each layer's piece, call by call.
         upcast: compute in fp32 what the model computes in 16 bits.
+
+    Attributes:
+        rotary_is_rounded: the model holds its rotary tables in 16 bits, which ``upcast`` cannot undo.
     """
 
     def __init__(self, path: Path, *, batch: int, capacity: int, whole: bool, upcast: bool = False) -> None:
         model = ir.load(path)  # locations stay relative, as ONNX Runtime wants them; no value is read
         if upcast:
             upcast_to_float32(model, cast_weights_in_graph=True)
+        self.rotary_is_rounded = any(
+            name.startswith("rope.") and value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+            for name, value in model.graph.initializers.items()
+        )
         self._folder = path.parent
         self._caches: dict[str, Array] = {}
         for value in model.graph.inputs:

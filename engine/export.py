@@ -265,6 +265,7 @@ def _add_accuracy(writer: BundleWriter, dtype: str, report: VerificationReport |
             "positions": report.positions,
             "positions_beyond_bound": report.strays,
             "max_abs_error": report.max_abs_error,
+            "max_abs_error_in_fp32": report.graph_error,
             "bound": report.bound,
             "mean_kl": report.mean_kl,
             "max_kl": report.max_kl,
@@ -346,7 +347,7 @@ def _verification(dtype: str, report: VerificationReport | None) -> Verification
 
 
 def _reference(dtype: str) -> str:
-    return "transformers fp32, weights rounded to bf16" if dtype == "bf16" else "transformers fp32"
+    return "transformers fp32" if dtype == "fp32" else f"transformers fp32, weights rounded to {dtype}"
 
 
 def _stored_dtype(source: Checkpoint) -> str:

@@ -35,9 +35,17 @@ class Reference:
         checkpoint: where the weights are.
         resident: keep weights once read; otherwise each module's are dropped after it has run.
         rounded_to: round the weights to this type before they become fp32.
+        rounded_rotary: round the cosines and sines to ``rounded_to`` too, as transformers does in 16 bits.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, resident: bool, rounded_to: ir.DataType | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        resident: bool,
+        rounded_to: ir.DataType | None = None,
+        rounded_rotary: bool = False,
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -51,6 +59,11 @@ class Reference:
         if checkpoint.config.num_experts:
             model.set_experts_implementation("eager")
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        if rounded_rotary and rounded_to is not None:
+            half = {ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}[rounded_to]
+            model.model.rotary_emb.register_forward_hook(
+                lambda _, __, tables: tuple(table.to(half).to(torch.float32) for table in tables)
+            )
         self._model: Any = model
         owners = {"model.norm": model.model.norm}
         if resident:

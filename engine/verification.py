@@ -7,8 +7,10 @@ the reference choosing greedily and both being fed its choice, so that every ste
 Greedy decoding would read all weights 64 times, so the 64 tokens after each prompt are given; the choice is compared at
 every position, in a prefill and in two calls against the part-filled cache (one token, then three).
 
-A bf16 model is computed in fp32 on both sides, from weights rounded to bf16: ONNX Runtime has no bf16 kernels for the
-CPU. That proves the graph and the weights, not how a device rounds.
+A 16-bit model is computed in fp32 on both sides, from weights rounded to 16 bits, and held to the bound of fp32. That
+proves the graph and the weights; in 16 bits, rounding alone moves the logits of a deep model with experts as far as
+some wrong graphs do. An fp16 model is also computed in fp16, where its logits must be finite and no further off than
+rounding explains. ONNX Runtime has no bf16 kernels for the CPU: how bf16 rounds is left to the device.
 """
 
 from __future__ import annotations
@@ -51,22 +53,25 @@ class Tolerance:
 
 FP32 = Tolerance(2e-4)
 """Only the order of summation differs."""
-HALF = Tolerance(1.6e-1, mean_kl=1e-2)
-"""fp16 and bf16: one percent of LOGIT_SCALE, some twenty roundings of 2^-11 in a row; a wrong graph is off by units."""
-HALF_ROUTED = Tolerance(1.6e-1, stray_positions=0.02, stray_tokens=0.01, mean_kl=1e-2)
-"""With experts, rounding can swap two whose router logits nearly tie, which transformers' own fp16 model does as often.
-A swap moves one position's logits by more than rounding does, so a few positions may stray; a wrong graph moves all."""
+FP16 = Tolerance(1.6e-1, stray_positions=0.1, mean_kl=1e-2)
+"""One percent of LOGIT_SCALE, some twenty roundings of 2^-11 in a row. Of transformers' own fp16 model with 24 random
+layers, 5 % of the positions are beyond that, at a mean KL of 4e-4; a broken kernel is off by units."""
+FP16_ROUTED = Tolerance(1.6e-1, stray_positions=1.0, stray_tokens=0.1, mean_kl=1e-1)
+"""With experts, rounding can swap two whose router logits nearly tie, and a swap moves a position's logits by units. Of
+transformers' own fp16 model with 12 to 24 layers and random routers, the worst case, up to 76 % of the positions are
+beyond the bound and 3.5 % choose another token, at a mean KL of 3.5e-2."""
 
 
 def tolerance(dtype: ir.DataType, *, routed: bool) -> Tolerance:
-    """What is accepted for a model computed in ``dtype``; ``routed`` tells whether it has experts."""
-    if dtype == ir.DataType.FLOAT:
+    """What is accepted of a model in ``dtype``, bf16 being computed in fp32; ``routed``: whether it has experts."""
+    if dtype != ir.DataType.FLOAT16:
         return FP32
-    return HALF_ROUTED if routed else HALF
+    return FP16_ROUTED if routed else FP16
 
 
 Progress = Callable[[str, int, int], None]
 Ids = npt.NDArray[np.int64]
+Samples = list[tuple[list[int], npt.NDArray[np.float32]]]
 
 
 @dataclass
@@ -83,7 +88,6 @@ class Comparison:
     near_ties: int = 0
     worst: str = ""
     non_finite: bool = False
-    samples: list[tuple[list[int], npt.NDArray[np.float32]]] = field(default_factory=list)
 
     def add(self, reference: npt.NDArray[np.float32], ours: npt.NDArray[np.float32], where: str) -> None:
         """Account for logits [N, V] of both sides at the same positions."""
@@ -158,14 +162,16 @@ class VerificationReport:
     max_kl: float
     token_disagreements: int
     near_ties: int
-    references: list[tuple[list[int], npt.NDArray[np.float32]]] = field(repr=False, default_factory=list)
+    graph_error: float
+    """Largest difference of a logit when the model is computed in fp32: what the graph and its weights are held to."""
+    references: Samples = field(repr=False, default_factory=list)
     """Prompts with the reference's logits after their last token, stored in the bundle for a device's first run."""
 
 
-def fits_whole(checkpoint: Checkpoint) -> bool:
-    """Whether reference and export together stay within 1.2 GB plus twice the largest tensor."""
+def fits_whole(checkpoint: Checkpoint, models: int = 2) -> bool:
+    """Whether ``models`` copies in fp32, the reference's included, stay within 1.2 GB plus twice the largest tensor."""
     weights = 4 * sum(checkpoint.tensor(name).size for name in checkpoint.names)
-    return 2 * weights <= 400e6 + 2 * checkpoint.largest_tensor_bytes(ir.DataType.FLOAT)
+    return models * weights <= 400e6 + 2 * checkpoint.largest_tensor_bytes(ir.DataType.FLOAT)
 
 
 def verify(
@@ -183,19 +189,34 @@ def verify(
     Raises:
         VerificationError: logits differ by more than the bound, a token differs, or a value is not finite.
     """
-    whole = fits_whole(checkpoint) if whole is None else whole
+    half, native = dtype != ir.DataType.FLOAT, dtype == ir.DataType.FLOAT16
+    whole = fits_whole(checkpoint, 3 if native else 2) if whole is None else whole
     longest = max(map(len, prompts))
     new_tokens = min(NEW_TOKENS, max_length - longest - 4)
-    capacity = longest + new_tokens + 4
-    comparison = Comparison(tolerance(dtype, routed=checkpoint.config.num_experts > 0))
-    in_fp32 = dtype == ir.DataType.BFLOAT16
-    reference = Reference(checkpoint, resident=whole, rounded_to=dtype if in_fp32 else None)
-    engine = StepExecutor(model_path, batch=len(prompts), capacity=capacity, whole=whole, upcast=in_fp32)
+
+    def executor(*, upcast: bool) -> StepExecutor:
+        capacity = longest + new_tokens + 4
+        return StepExecutor(model_path, batch=len(prompts), capacity=capacity, whole=whole, upcast=upcast)
+
+    in_fp32 = _Side("", executor(upcast=half), Comparison(FP32))
+    sides = [in_fp32]
+    if native:
+        in_fp32.how = ", computed in fp32,"
+        allowed = tolerance(dtype, routed=checkpoint.config.num_experts > 0)
+        sides.append(_Side(", computed in fp16,", executor(upcast=False), Comparison(allowed)))
+    reference = Reference(
+        checkpoint,
+        resident=whole,
+        rounded_to=dtype if half else None,
+        rounded_rotary=in_fp32.engine.rotary_is_rounded,
+    )
     run = _greedy if whole else _forced
-    run(reference, engine, prompts, new_tokens, checkpoint.config.vocab_size, comparison, progress or _silent)
-    method = "whole-model" if whole else "layer-by-layer"
-    report = VerificationReport(
-        method=method,
+    samples = run(reference, sides, prompts, new_tokens, checkpoint.config.vocab_size, progress or _silent)
+    for side in sides:
+        side.require_agreement()
+    comparison = sides[-1].comparison
+    return VerificationReport(
+        method="whole-model" if whole else "layer-by-layer",
         prompts=len(prompts),
         new_tokens=new_tokens,
         positions=comparison.positions,
@@ -206,20 +227,32 @@ def verify(
         max_kl=comparison.kl_max,
         token_disagreements=comparison.disagreements,
         near_ties=comparison.near_ties,
-        references=comparison.samples,
+        graph_error=in_fp32.comparison.max_abs_error,
+        references=samples,
     )
-    if comparison.non_finite:
-        raise VerificationError(
-            f"the exported model or transformers gives logits that are not finite ({comparison.worst})."
-        )
-    if not comparison.ok:
-        raise VerificationError(
-            f"the exported model differs from transformers: logits by {report.max_abs_error:.2e} "
-            f"(bound {report.bound:.1e}, worst {comparison.worst}; {report.strays} of {report.positions} positions "
-            f"beyond it), {report.token_disagreements} tokens, mean KL {report.mean_kl:.1e}; no bundle was written. "
-            "Please report this checkpoint's configuration."
-        )
-    return report
+
+
+@dataclass
+class _Side:
+    """The exported model computed one way, and how far that is from the reference."""
+
+    how: str
+    engine: StepExecutor
+    comparison: Comparison
+
+    def require_agreement(self) -> None:
+        found = self.comparison
+        if found.non_finite:
+            raise VerificationError(
+                f"the exported model{self.how} or transformers gives logits that are not finite ({found.worst})."
+            )
+        if not found.ok:
+            raise VerificationError(
+                f"the exported model{self.how} differs from transformers: logits by {found.max_abs_error:.2e} "
+                f"(bound {found.scaled_bound:.1e}, worst {found.worst}; {found.strays} of {found.positions} positions "
+                f"beyond it), {found.disagreements} tokens, mean KL {found.mean_kl:.1e}; no bundle was written. "
+                "Please report this checkpoint's configuration."
+            )
 
 
 def _silent(_: str, __: int, ___: int) -> None:
@@ -239,41 +272,42 @@ def _padded(rows: list[list[int]]) -> tuple[Ids, Ids, npt.NDArray[np.bool_]]:
 
 def _greedy(
     reference: Reference,
-    engine: StepExecutor,
+    sides: list[_Side],
     prompts: list[list[int]],
     new_tokens: int,
     vocab: int,
-    comparison: Comparison,
     progress: Progress,
-) -> None:
+) -> Samples:
     tokens, positions, valid = _padded(prompts)
     lengths = valid.sum(1).astype(np.int64)
     every = np.tile(np.arange(tokens.shape[1]), (len(prompts), 1))
     expected = reference(tokens, positions, valid)
-    ours = engine(tokens, positions, np.zeros(len(prompts), np.int64), every)
-    comparison.add(expected[valid], ours[valid], "at prefill")
+    for side in sides:
+        ours = side.engine(tokens, positions, np.zeros(len(prompts), np.int64), every)
+        side.comparison.add(expected[valid], ours[valid], "at prefill")
     last = np.arange(len(prompts)), lengths - 1
-    comparison.samples = [(prompt, row) for prompt, row in zip(prompts, expected[last], strict=True)]
+    samples = [(prompt, row) for prompt, row in zip(prompts, expected[last], strict=True)]
     choice = expected[last].argmax(-1)
     for step in range(new_tokens):
         progress("decoding", step, new_tokens)
         column = choice[:, None].astype(np.int64)
         expected = reference(column, lengths[:, None], np.ones_like(column, bool))
-        ours = engine(column, lengths[:, None], lengths, np.zeros_like(column))
-        comparison.add(expected[:, 0], ours[:, 0], f"at decode step {step + 1}")
+        for side in sides:
+            ours = side.engine(column, lengths[:, None], lengths, np.zeros_like(column))
+            side.comparison.add(expected[:, 0], ours[:, 0], f"at decode step {step + 1}")
         choice = expected[:, 0].argmax(-1)
         lengths = lengths + 1
+    return samples
 
 
 def _forced(
     reference: Reference,
-    engine: StepExecutor,
+    sides: list[_Side],
     prompts: list[list[int]],
     new_tokens: int,
     vocab: int,
-    comparison: Comparison,
     progress: Progress,
-) -> None:
+) -> Samples:
     generator = np.random.default_rng(0)
     rows = [[*prompt, *generator.integers(0, vocab, new_tokens).tolist()] for prompt in prompts]
     tokens, positions, valid = _padded(rows)
@@ -282,19 +316,23 @@ def _forced(
     # Logits of 8 rows of 100 positions over a large vocabulary would outweigh a layer: one row of them at a time.
     kept = np.stack([np.linspace(0, length - 1, 12).astype(np.int64) for length in lengths])
     expected = reference(tokens, positions, valid, kept)
-    ours = engine(tokens, positions, np.zeros(len(rows), np.int64), kept)
     vocabulary = expected.shape[-1]
-    comparison.add(expected.reshape(-1, vocabulary), ours.reshape(-1, vocabulary), "at prefill")
-    comparison.samples = [(row, logits) for row, logits in zip(rows, expected[:, -1], strict=True)]
+    for side in sides:
+        ours = side.engine(tokens, positions, np.zeros(len(rows), np.int64), kept)
+        side.comparison.add(expected.reshape(-1, vocabulary), ours.reshape(-1, vocabulary), "at prefill")
+    samples = [(row, logits) for row, logits in zip(rows, expected[:, -1], strict=True)]
     for call, width in enumerate((1, 3), start=1):
         progress(f"{width} token(s) against the cache", call, 3)
         tokens = generator.integers(0, vocab, (len(rows), width)).astype(np.int64)
         positions = lengths[:, None] + np.arange(width)
         index = np.tile(np.arange(width), (len(rows), 1))
         expected = reference(tokens, positions, np.ones_like(tokens, bool), index)
-        ours = engine(tokens, positions, lengths, index)
-        comparison.add(expected.reshape(-1, vocabulary), ours.reshape(-1, vocabulary), f"with {width} new tokens")
+        for side in sides:
+            ours = side.engine(tokens, positions, lengths, index)
+            where = f"with {width} new tokens"
+            side.comparison.add(expected.reshape(-1, vocabulary), ours.reshape(-1, vocabulary), where)
         lengths = lengths + width
+    return samples
 
 
 def _kl(reference: npt.NDArray[np.float32], ours: npt.NDArray[np.float32]) -> float:

@@ -157,7 +157,8 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.load(source)
     except Exception as error:  # protobuf, onnx and onnx_ir each raise their own kinds
-        raise GraphError(f"{source} cannot be read as an ONNX model: {error}") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise GraphError(f"{source} cannot be read as an ONNX model ({reason}): export it again") from error
     base = Path(os.path.realpath(source.parent))
     for graph in model.graphs():
         for value in graph.initializers.values():
