@@ -16,6 +16,7 @@ rounding explains. ONNX Runtime has no bf16 kernels for the CPU: how bf16 rounds
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +26,10 @@ import onnx_ir as ir
 
 from qwenforge.engine.executor import StepExecutor
 from qwenforge.engine.reference import Reference
+from qwenforge.engine.threads import single_threaded_torch
 from qwenforge.errors import VerificationError
 from qwenforge.exporter.checkpoint import Checkpoint
+from qwenforge.exporter.leaves import read_blocks
 
 PROMPTS = 8
 NEW_TOKENS = 64
@@ -211,9 +214,10 @@ def verify(
         rounded_rotary=in_fp32.engine.rotary_is_rounded,
     )
     run = _greedy if whole else _forced
-    samples = run(reference, sides, prompts, new_tokens, checkpoint.config.vocab_size, progress or _silent)
+    with single_threaded_torch() if whole else nullcontext():  # a model that fits whole is a small one
+        samples = run(reference, sides, prompts, new_tokens, checkpoint.config.vocab_size, progress or _silent)
     for side in sides:
-        side.require_agreement()
+        side.require_agreement(checkpoint)
     comparison = sides[-1].comparison
     return VerificationReport(
         method="whole-model" if whole else "layer-by-layer",
@@ -240,11 +244,13 @@ class _Side:
     engine: StepExecutor
     comparison: Comparison
 
-    def require_agreement(self) -> None:
+    def require_agreement(self, checkpoint: Checkpoint) -> None:
         found = self.comparison
         if found.non_finite:
+            cause = _non_finite_tensor(checkpoint)
             raise VerificationError(
-                f"the exported model{self.how} or transformers gives logits that are not finite ({found.worst})."
+                f"the exported model{self.how} or transformers gives logits that are not finite ({found.worst}): "
+                + (f"tensor {cause!r} of the checkpoint is not either, download it again." if cause else _OVERFLOW)
             )
         if not found.ok:
             raise VerificationError(
@@ -253,6 +259,17 @@ class _Side:
                 f"beyond it), {found.disagreements} tokens, mean KL {found.mean_kl:.1e}; no bundle was written. "
                 "Please report this checkpoint's configuration."
             )
+
+
+_OVERFLOW = "the checkpoint's weights are, so that an intermediate result overflows; try --dtype fp32."
+
+
+def _non_finite_tensor(checkpoint: Checkpoint) -> str | None:
+    """The first tensor with NaN or infinity in it."""
+    for name in checkpoint.names:
+        if not all(np.isfinite(block).all() for block in read_blocks(checkpoint.tensor(name), 1 << 24)):
+            return name
+    return None
 
 
 def _silent(_: str, __: int, ___: int) -> None:

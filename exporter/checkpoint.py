@@ -6,16 +6,16 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from qwenforge.errors import CheckpointError
 from qwenforge.exporter.checkpoint_files import (
     INDEX_FILE,
-    TOKENIZER_FILES,
     check_folder,
     inside,
     read_json_object,
@@ -29,7 +29,9 @@ from qwenforge.exporter.expected_tensors import (
     expected_tensors,
     is_ignored,
 )
+from qwenforge.exporter.leaves import read_bytes
 from qwenforge.exporter.safetensors_header import SafetensorsHeader, StoredTensor, read_header
+from qwenforge.exporter.text_files import read_generation_config, tokenizer_files
 from qwenforge.exporter.weights import concat, stack
 
 _DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
@@ -92,20 +94,30 @@ class Checkpoint:
         stored = _collect(folder, headers, index)
         layout = _layout(stored)
         _check_tensors(folder, config, stored, layout, headers)
-        return cls(
+        opened = cls(
             folder=folder,
             config=config,
-            generation_config=_generation_config(folder),
-            tokenizer_files={
-                name: inside(folder, name, named_by=str(folder))
-                for name in TOKENIZER_FILES
-                if (folder / name).exists() or (folder / name).is_symlink()
-            },
+            generation_config=read_generation_config(folder),
+            tokenizer_files=tokenizer_files(folder),
             weight_files=files,
             expert_layout=layout,
             _headers=tuple(headers.values()),
             _stored={name: (tensor, files[file]) for name, (tensor, file) in stored.items()},
         )
+        return opened._untied() if opened._holds_two_embeddings() else opened
+
+    def _holds_two_embeddings(self) -> bool:
+        """Whether the config ties tensors that are both stored and differ."""
+        if not self.config.tie_word_embeddings or not {EMBEDDING, OUTPUT_HEAD} <= self._stored.keys():
+            return False
+        pair = self.tensor(EMBEDDING), self.tensor(OUTPUT_HEAD)
+        return pair[0].dtype != pair[1].dtype or not all(
+            np.array_equal(*blocks) for blocks in zip(*(read_bytes(tensor, 1 << 24) for tensor in pair), strict=True)
+        )
+
+    def _untied(self) -> Checkpoint:
+        """transformers ties nothing then, whatever the config says."""
+        return replace(self, config=replace(self.config, tie_word_embeddings=False))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -163,13 +175,6 @@ class Checkpoint:
             stored.length if dtype is None else math.ceil(math.prod(stored.shape) * dtype.itemsize)
             for stored, _ in self._stored.values()
         )
-
-
-def _generation_config(folder: Path) -> Mapping[str, Any]:
-    name = "generation_config.json"
-    if not (folder / name).exists():
-        return {}
-    return read_json_object(inside(folder, name, named_by=str(folder)))
 
 
 def _collect(

@@ -172,11 +172,12 @@ class ModelConfig:
         return config
 
     def to_transformers(self) -> Any:
-        """transformers' own configuration object built from the same config.json."""
+        """transformers' own configuration object built from the same config.json; only embeddings may be untied."""
         from transformers import AutoConfig
 
         values = json.loads(json.dumps(dict(self.source)))
         values.pop("model_type", None)
+        values["tie_word_embeddings"] = self.tie_word_embeddings
         return AutoConfig.for_model(self.model_type, **values)
 
 

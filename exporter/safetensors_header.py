@@ -114,6 +114,9 @@ def _parse(path: Path, header: bytes) -> Mapping[str, Any]:
 
 
 def _tensors(path: Path, header: Mapping[str, Any], data_start: int, size: int) -> list[StoredTensor]:
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the header's __metadata__ is not a table of texts: {_AGAIN}")
     return [_tensor(path, name, entry, data_start, size) for name, entry in header.items() if name != "__metadata__"]
 
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qwenforge import names
 from qwenforge.errors import GraphError
 from qwenforge.graph_passes.functions import register_function
-from qwenforge.graph_passes.fuse.causal_mask import CausalMask, prove_causal
+from qwenforge.graph_passes.fuse.causal_mask import CausalMask, prove_causal, trial
 from qwenforge.graph_passes.infra import (
     FusionPass,
     constant,
@@ -32,6 +32,7 @@ from qwenforge.graph_passes.infra import (
     static_dim,
     tag,
 )
+from qwenforge.graph_passes.probe import Probe, input_feeds
 from qwenforge.graph_passes.signature import LayerCache, Signature, detect_signature
 from qwenforge.graph_passes.subgraph import ancestors, leaves
 
@@ -40,7 +41,11 @@ OP = "GroupedQueryAttention"
 
 @dataclass(frozen=True)
 class Scores:
-    """Attention before its heads are resolved: softmax(scale * q @ k^T + mask) @ v."""
+    """Attention before its heads are resolved: softmax(scale * q @ k^T + mask) @ v.
+
+    ``transposed`` is k^T where it is more than one Transpose of ``key``; ``counted`` is a boolean mask whose rows
+    without a visible key make the output zero.
+    """
 
     query: ir.Value
     key: ir.Value
@@ -48,6 +53,8 @@ class Scores:
     mask: ir.Value
     scale: float
     output: ir.Value
+    transposed: ir.Value | None = None
+    counted: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,9 @@ class FuseGroupedQueryAttention(FusionPass):
         if sorted(layer.cache.key_output for layer in layers) != sorted(c.key_output for c in signature.layers):
             self.fail("the graph returns a cache that no attention of it made")
             return
+        if signature.cache_position is not None:
+            self.fail(f"the graph has an input {signature.cache_position} of its own")
+            return
         leftover = _other_uses(model, layers, signature)
         if leftover:
             self.fail(f"graph input {leftover} has a use besides attention")
@@ -109,6 +119,7 @@ def _other_uses(model: ir.Model, layers: list[Layer], signature: Signature) -> s
     """A cache or mask input that something outside the fused attention reads."""
     merged = [layer.output for layer in layers]
     operands = [part.projection for layer in layers for part in (layer.query, layer.key, layer.value)]
+    operands += [value for layer in layers for value in layer.rotary.inputs[1:4] if value is not None]
     logits = [value for value in model.graph.outputs if value.name == signature.logits]
     kept = ancestors([*logits, *operands], stop=merged)
     return next((value.name for value in leaves(kept, []) if value.name in _replaced_inputs(signature)), None)
@@ -141,6 +152,10 @@ def _match_layer(model: ir.Model, anchor: ir.Node, signature: Signature, proven:
     if list(key_rotary.inputs[1:4]) != list(rotary.inputs[1:4]):
         raise GraphError("query and key are rotated by different tables or positions")
     query_heads = _heads(rotary.inputs[0])
+    for role, node in (("query", rotary), ("key", key_rotary)):
+        part = int_attribute(node, "rotary_embedding_dim", 0)
+        if int_attribute(node, "interleaved", 0) or part not in (0, query_heads.head_size):
+            raise GraphError(f"the {role} is rotated in pairs or in part, not in halves")
     key_heads, value_heads = _heads(key_rotary.inputs[0]), _heads(value_new)
     if key_heads.num_heads != value_heads.num_heads or query_heads.num_heads % key_heads.num_heads:
         raise GraphError(
@@ -149,8 +164,11 @@ def _match_layer(model: ir.Model, anchor: ir.Node, signature: Signature, proven:
         )
     if len({query_heads.head_size, key_heads.head_size, value_heads.head_size}) != 1:
         raise GraphError("query, key and value have different head sizes")
-    if scores.mask not in proven:
-        proven[scores.mask] = prove_causal(model, scores.mask, signature)
+    if scores.transposed is not None:
+        _prove_transposed(model, scores, query_heads, signature)
+    for mask in (scores.mask, scores.counted):
+        if mask is not None and mask not in proven:
+            proven[mask] = prove_causal(model, mask, signature)
     output = _merged_output(scores.output, query_heads)
     return Layer(anchor, rotary, query_heads, key_heads, value_heads, cache, scores.scale, proven[scores.mask], output)
 
@@ -170,7 +188,8 @@ def _attention_op(node: ir.Node) -> Scores:
     if "scale" not in node.attributes and size is None:
         raise GraphError("the Attention op has neither a scale nor a known head size")
     scale = float_attribute(node, "scale", 1.0 if size is None else size**-0.5)
-    return Scores(query, key, value, mask, scale, _past_unattended_guard(node.outputs[0]))
+    output, counted = _past_unattended_guard(node.outputs[0])
+    return Scores(query, key, value, mask, scale, output, counted=counted)
 
 
 def _softmax_attention(softmax: ir.Node) -> Scores:
@@ -188,14 +207,16 @@ def _softmax_attention(softmax: ir.Node) -> Scores:
     transposed, key_scale = _scaled(product.inputs[1])
     key = _untransposed(transposed)
     weights: ir.Value = softmax.outputs[0]
-    while (following := _sole_use(weights)) is not None and following.op_type in ("Cast", "IsNaN", "Where"):
+    while (following := _sole_use(weights)) is not None and following.op_type == "Cast":
         weights = following.outputs[0]
     if following is None:
         following, weights = _nan_guard(weights)
     if following.op_type != "MatMul" or following.inputs[0] is not weights or following.inputs[1] is None:
         raise GraphError("the softmax is not multiplied by the values")
-    output = _past_unattended_guard(following.outputs[0])
-    return Scores(query, key, following.inputs[1], mask, scale * query_scale * key_scale, output)
+    output, counted = _past_unattended_guard(following.outputs[0])
+    detour = None if is_op(transposed, "Transpose") is not None else transposed
+    scale *= query_scale * key_scale
+    return Scores(query, key, following.inputs[1], mask, scale, output, detour, counted)
 
 
 def _sole_use(value: ir.Value) -> ir.Node | None:
@@ -220,19 +241,31 @@ def _nan_guard(weights: ir.Value) -> tuple[ir.Node, ir.Value]:
     return following, guarded
 
 
-def _past_unattended_guard(output: ir.Value) -> ir.Value:
-    """Skip ``Where(row sees nothing, 0, output)``: a causal query always sees itself."""
+def _past_unattended_guard(output: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """Skip ``Where(row sees nothing, 0, output)``, the identity if the mask it counts is causal; also that mask."""
     where = _sole_use(output)
     if where is None or where.op_type != "Where" or where.inputs[2] is not output or scalar(where.inputs[1]) != 0:
-        return output
+        return output, None
     less = is_op(where.inputs[0], "Less")
-    count = less.inputs[0] if less is not None else None
-    while (cast := is_op(count, "Cast")) is not None:
-        count = cast.inputs[0]
-    total = is_op(count, "ReduceSum")
-    if less is None or total is None or scalar(less.inputs[1]) != 1:
+    total = is_op(_uncast(less.inputs[0]), "ReduceSum") if less is not None else None
+    counted = _uncast(total.inputs[0]) if total is not None else None
+    if (
+        less is None
+        or total is None
+        or counted is None
+        or scalar(less.inputs[1]) != 1
+        or counted.dtype != ir.DataType.BOOL
+        or integers(total.inputs[1] if len(total.inputs) > 1 else None) not in ([-1], [3])
+        or not int_attribute(total, "keepdims", 1)
+    ):
         raise GraphError("the attention output is replaced by zero under an unknown condition")
-    return where.outputs[0]
+    return where.outputs[0], counted
+
+
+def _uncast(value: ir.Value | None) -> ir.Value | None:
+    while (cast := is_op(value, "Cast")) is not None:
+        value = cast.inputs[0]
+    return value
 
 
 def _through(value: ir.Value | None, op_type: str) -> ir.Value | None:
@@ -243,29 +276,20 @@ def _through(value: ir.Value | None, op_type: str) -> ir.Value | None:
 def _unscaled(scored: ir.Value | None) -> tuple[ir.Node | None, float]:
     """The MatMul behind an optional multiplication or division by a constant."""
     product = is_op(_through(scored, "Cast"), "MatMul")
-    if product is not None:
+    if product is not None or scored is None:
         return product, 1.0
-    for op_type in ("Mul", "Div"):
-        node = is_op(scored, op_type)
-        if node is None:
-            continue
-        factor, operand = scalar(node.inputs[1]), node.inputs[0]
-        if factor is None and op_type == "Mul":
-            factor, operand = scalar(node.inputs[0]), node.inputs[1]
-        product = is_op(operand, "MatMul")
-        if product is not None and factor:
-            return product, factor if op_type == "Mul" else 1.0 / factor
-    return None, 1.0
+    operand, factor = _scaled(scored)
+    return is_op(operand, "MatMul"), factor
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value, float]:
+    """The operand and the factor of a multiplication or division by a constant; otherwise the value and 1."""
     if value is None:
         raise GraphError("query @ key^T lacks an operand")
-    node = is_op(value, "Mul")
-    if node is not None and node.inputs[0] is not None:
-        factor = scalar(node.inputs[1])
-        if factor is not None:
-            return node.inputs[0], factor
+    multiply, divide = is_op(value, "Mul"), is_op(value, "Div")
+    for node, operand, factor in ((multiply, 0, 1), (multiply, 1, 0), (divide, 0, 1)):
+        if node is not None and (number := scalar(node.inputs[factor])) and (inner := node.inputs[operand]) is not None:
+            return inner, number if node is multiply else 1.0 / number
     return value, 1.0
 
 
@@ -281,6 +305,22 @@ def _untransposed(value: ir.Value) -> ir.Value:
     if middle is not None and source is not None and ints_attribute(middle, "perm") == [0, 2, 1]:
         return source
     raise GraphError("the query is not multiplied by a transposed key")
+
+
+def _prove_transposed(model: ir.Model, scores: Scores, heads: Heads, signature: Signature) -> None:
+    """Compute K^T for a few tokens: the Reshapes of a detour could as well mix heads and tokens."""
+    assert scores.transposed is not None
+    batch = static_dim(scores.key, 0) or 2
+    probe = Probe(batch, 2, 1) if signature.has_past else Probe(batch, 0, 3)
+    shape = (batch, heads.num_heads, probe.past + probe.new, heads.head_size)
+    dtype = np.dtype(np.float32) if scores.key.dtype is None else scores.key.dtype.numpy()
+    key = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    inner = ancestors([scores.transposed], stop=[scores.key])
+    others = [value for value in leaves(inner, [scores.transposed]) if value is not scores.key]
+    feeds = {scores.key: key, **input_feeds(model, probe, others, signature)}
+    (turned,) = trial([scores.transposed], feeds, model.graph.opset_imports[""])
+    if not np.array_equal(turned, key.swapaxes(2, 3)):
+        raise GraphError("the query is not multiplied by a transposed key")
 
 
 def _without_repeat(value: ir.Value) -> ir.Value:
@@ -345,6 +385,8 @@ def _merged_output(output: ir.Value, heads: Heads) -> ir.Value:
     if reshape is None or reshape.op_type != "Reshape":
         raise GraphError("the attention output's heads are not joined by a Reshape")
     merged = reshape.outputs[0]
+    if merged.is_graph_output():
+        raise GraphError("the joined attention output is the graph's output")
     if (
         merged.shape is None
         or len(merged.shape) != 3

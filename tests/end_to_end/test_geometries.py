@@ -6,6 +6,7 @@ checkpoint, prompt by prompt, against our runtime on all prompts in one batch.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import qwenforge
 from qwenforge.engine.export import export_checkpoint
+from qwenforge.engine.threads import single_threaded_torch
 from support.checkpoints import make_checkpoint
 
 NEW_TOKENS = 24
@@ -93,7 +95,7 @@ def _expected(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     answers = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
-        with torch.inference_mode():
+        with torch.inference_mode(), single_threaded_torch():
             whole = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
@@ -116,3 +118,13 @@ def test_tokens_are_those_of_transformers(kind: Any, config: dict[str, Any], tmp
         prompts, max_new_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True
     )
     assert result.tokens == _expected(folder, prompts)
+
+
+def test_tied_configuration_with_another_head_stored_is_untied(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", "qwen2", seed=5)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = export_checkpoint(folder, tmp_path / "bundle")
+    prompts = _prompts(320)
+    result = qwenforge.load(report.bundle).generate(prompts, max_new_tokens=4, temperature=0.0, ignore_eos=True)
+    assert result.tokens == [tokens[:4] for tokens in _expected(folder, prompts)]

@@ -12,6 +12,7 @@ import pytest
 
 from qwenforge.engine import export as export_module
 from qwenforge.engine.export import ExportReport, export_checkpoint
+from qwenforge.engine.threads import single_threaded_torch
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.trace import TracedModel, trace
 from support.checkpoints import Kind, make_checkpoint
@@ -61,13 +62,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny matrices on two threads wait for each other far longer than they compute when the machine is busy."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """Every model here is tiny."""
+    with single_threaded_torch():
+        yield
 
 
 _TRACED: dict[tuple[Path, ir.DataType], TracedModel] = {}

@@ -117,7 +117,7 @@ def test_planted_fault_is_refused(
         rf"logits by (\S+) \(bound (\S+), worst (?:{where}); (\d+) of (\d+) positions", f"{refusal.value}"
     )
     if figures is None:
-        assert re.search(rf"logits that are not finite \((?:{where})\)", f"{refusal.value}")
+        assert re.search(rf"logits that are not finite \((?:{where})\): ", f"{refusal.value}")
         return
     error, bound, strays, positions = map(float, figures.groups())
     assert error > bound and 0 < strays <= positions
