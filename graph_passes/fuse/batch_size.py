@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qwenforge.graph_passes.infra import FusionPass, int_attribute
+from qwenforge.graph_passes.infra import FusionPass, int_attribute, static_dim
 from qwenforge.graph_passes.signature import detect_signature
 
 
@@ -30,5 +30,8 @@ class BatchSizeFromTokens(FusionPass):
             if int_attribute(node, "start", 0) != 0 or int_attribute(node, "end", -1) != 1:
                 continue
             if node.inputs[0].is_graph_input() and node.inputs[0].name in batched:
+                if static_dim(node.inputs[0], 0) != static_dim(tokens, 0):
+                    self.fail(f"{node.inputs[0].name} does not have the batch size of {tokens.name}", node)
+                    continue
                 node.replace_input_with(0, tokens)
                 self.matches += 1

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.graph_passes.infra import FusionPass, constant, is_op, tag
+from qwenforge.graph_passes.infra import FusionPass, constant, is_op, rank, tag
 from qwenforge.graph_passes.signature import detect_signature
 
 
@@ -26,13 +26,17 @@ class SelectLogits(FusionPass):
         if signature.logits_index is not None:
             return
         logits = next(value for value in model.graph.outputs if value.name == signature.logits)
+        tokens = next(value for value in model.graph.inputs if value.name == signature.input_ids)
         cast = is_op(logits, "Cast")
         projection = is_op(cast.inputs[0] if cast is not None else logits, "MatMul")
         hidden = projection.inputs[0] if projection is not None else None
-        if projection is None or hidden is None or hidden.shape is None or len(hidden.shape) != 3:
+        if projection is None or hidden is None or rank(hidden) != 3 or rank(projection.inputs[1]) != 2:
             self.fail(
                 "the logits are not the product of a [batch, sequence, hidden] tensor and a matrix", logits.producer()
             )
+            return
+        if not _same_tokens(hidden, tokens):
+            self.fail("not every token of the input is projected onto the vocabulary, or in another order", projection)
             return
         index = ir.Value(
             name=names.LOGITS_INDEX,
@@ -46,10 +50,11 @@ class SelectLogits(FusionPass):
             ir.node("GatherND", [hidden, unsqueeze.outputs[0]], {"batch_dims": 1}, name="logits_index.gather"),
             self.name,
         )
+        hidden_size = hidden.shape[2] if hidden.shape is not None else None
         unsqueeze.outputs[0].name, gather.outputs[0].name = "logits_index.unsqueezed", "logits_index.hidden"
         unsqueeze.outputs[0].shape = ir.Shape([names.BATCH, names.LOGITS_COUNT, 1])
         unsqueeze.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        gather.outputs[0].shape = ir.Shape([names.BATCH, names.LOGITS_COUNT, hidden.shape[2]])
+        gather.outputs[0].shape = ir.Shape([names.BATCH, names.LOGITS_COUNT, hidden_size])
         gather.outputs[0].type = hidden.type
         model.graph.insert_before(projection, [unsqueeze, gather])
         projection.replace_input_with(0, gather.outputs[0])
@@ -70,3 +75,11 @@ class SelectLogits(FusionPass):
         assert producer is not None
         model.graph.insert_after(producer, node)
         model.graph.outputs[list(model.graph.outputs).index(logits)] = output
+
+
+def _same_tokens(hidden: ir.Value, tokens: ir.Value) -> bool:
+    """Whether ``hidden`` [B, S, C] has a row for each of ``tokens`` [B, S], by their dimensions."""
+    if hidden.shape is None or tokens.shape is None:
+        return False
+    pairs = list(zip(hidden.shape, tokens.shape, strict=False))
+    return all(have == want and (isinstance(have, int) or have.value is not None) for have, want in pairs)

@@ -8,6 +8,7 @@ position, so default, linear and YaRN scaling (whose attention factor multiplies
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,9 +31,11 @@ from qwenforge.graph_passes.infra import (
     tag,
 )
 from qwenforge.graph_passes.probe import Probe, input_feeds
+from qwenforge.graph_passes.signature import Signature, detect_signature
 from qwenforge.graph_passes.subgraph import ancestors, evaluate, leaves
 
 DEFAULT_POSITIONS = 32768
+_SAMPLED_PAST = 1000
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ class FuseRotaryEmbedding(FusionPass):
         if cos is None or sin is None:
             self.fail("rotate_half(x) * sin is not added to x * cos of the same x", concat)
             return None
+        if not (_lies_along_positions(cos, x) and _lies_along_positions(sin, x)):
+            self.fail("cos and sin are not spread over the heads of [batch, heads, sequence, head size]", concat)
+            return None
         return Rotation(adds[0], x, cos, sin, size)
 
     def _match_operator(self, node: ir.Node) -> Rotation | None:
@@ -138,15 +144,24 @@ class FuseRotaryEmbedding(FusionPass):
         width = rotation.width
         source = _position_source([rotation.cos, rotation.sin])
         opset = model.graph.opset_imports[""]
-        everywhere = self._tables_at(model, rotation, source, np.arange(self.positions), opset)
-        sample = np.array([9, 2, 2, self.positions - 1, 0])
-        again = self._tables_at(model, rotation, source, sample, opset)
-        halves = []
-        for full, part in zip(everywhere, again, strict=True):
-            if full.shape != (self.positions, width):
+        count = self.positions
+        everywhere = self._tables_at(model, rotation, source, np.arange(count)[None], opset)
+        for full in everywhere:
+            if full.shape != (count, width):
                 raise GraphError("cos and sin are not [sequence, head size] tables of the position alone")
-            if not np.array_equal(full[sample], part):
+        rows = [[count // 3, 2, 2, count - 1, 0], [count // 2, 1, count // 3, count // 4, 1]]
+        samples = [np.array(rows[1:]) % count]  # without the first and the last position: no row's extremes matter
+        if source.shape is not None and len(source.shape) > 1 and static_dim(source, 0) is None:
+            samples.append(np.array(rows) % count)
+        past = _SAMPLED_PAST if detect_signature(model).has_past else 0
+        halves = []
+        for sample in samples:
+            again = self._tables_at(model, rotation, source, sample, opset, past)
+            if not all(
+                np.array_equal(full[sample.reshape(-1)], part) for full, part in zip(everywhere, again, strict=True)
+            ):
                 raise GraphError("cos and sin depend on more than the position (dynamic scaling is not supported)")
+        for full in everywhere:
             half = (static_dim(rotation.x, -1) or 0) // 2
             if width != half and not np.array_equal(full[:, :half], full[:, half:]):
                 raise GraphError("the two halves of the cos and sin tables differ (interleaved rotation)")
@@ -182,12 +197,18 @@ class FuseRotaryEmbedding(FusionPass):
         source: ir.Value,
         positions: npt.NDArray[np.int64],
         opset: int,
+        past: int = 0,
     ) -> list[npt.NDArray[np.generic]]:
+        """cos and sin, a row for each of ``positions`` [B, S], as they are behind ``past`` cached tokens."""
         values = [_uncast(_table_root(value)) for value in (rotation.cos, rotation.sin)]
         fed = {source: _shaped_like(source, positions)}
-        needed = leaves(ancestors(values, [source]), values)
-        fed |= input_feeds(model, Probe(1, 0, len(positions)), [leaf for leaf in needed if leaf is not source])
-        return [table.reshape(-1, table.shape[-1]) for table in evaluate(values, fed, opset)]
+        nodes = ancestors(values, [source])
+        needed = [leaf for leaf in leaves(nodes, values) if leaf is not source]
+        for leaf in needed:
+            if not _only_measured(leaf, set(nodes)):
+                raise GraphError(f"cos and sin depend on {leaf.name}, not on the position alone")
+        fed |= input_feeds(model, Probe(len(positions), past, positions.shape[1]), needed)
+        return [table.reshape(-1, table.shape[-1]) for table in _evaluate(values, fed, opset)]
 
     def _rewrite(self, model: ir.Model, rotation: Rotation, tables: Tables) -> None:
         old = rotation.last.outputs[0]
@@ -209,7 +230,8 @@ def _halves(lower: ir.Value | None, upper: ir.Value | None) -> ir.Value | None:
     split = is_op(lower, "Split")
     if split is not None and is_op(upper, "Split") is split and len(split.outputs) == 2:
         sizes = integers(split.inputs[1]) if len(split.inputs) > 1 else None
-        equal = sizes is None or sizes[0] == sizes[1]
+        given = len(split.inputs) > 1 and split.inputs[1] is not None
+        equal = sizes[0] == sizes[1] if sizes is not None else not given
         axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
         ordered = split.outputs[0] is lower and split.outputs[1] is upper
         return split.inputs[0] if equal and ordered and axis in (-1, 3) else None
@@ -221,8 +243,8 @@ def _halves(lower: ir.Value | None, upper: ir.Value | None) -> ir.Value | None:
         return None
     bounds = []
     for node in (first, second):
-        start, end, axes = (integers(value) for value in node.inputs[1:4])
-        steps = integers(node.inputs[4]) if len(node.inputs) > 4 else [1]
+        start, end, axes, *last = (integers(value) for value in (*node.inputs[1:], None)[:4])
+        steps = last[0] if len(node.inputs) > 4 else [1]
         if start is None or end is None or axes not in ([-1], [3]) or steps != [1]:
             return None
         bounds.append((start[0], min(end[0], size)))
@@ -257,18 +279,56 @@ def _position_source(tables: list[ir.Value]) -> ir.Value:
     return sources[0]
 
 
+def _evaluate(
+    values: list[ir.Value], feeds: Mapping[ir.Value, npt.NDArray[np.generic]], opset: int
+) -> list[npt.NDArray[np.generic]]:
+    """:func:`evaluate`, where sizes that the graph has frozen are a reason like any other."""
+    try:
+        return evaluate(values, feeds, opset)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise GraphError(f"the positions of cos and sin cannot be replaced: {error}") from error
+
+
+def _only_measured(value: ir.Value, nodes: set[ir.Node]) -> bool:
+    """Whether ``nodes`` read the sizes of ``value`` but none of its numbers."""
+    readers = [use for use, _ in value.uses() if use in nodes]
+    return all(
+        node.op_type in ("Shape", "Size")
+        or (node.op_type in ("Unsqueeze", "Squeeze", "Identity", "Cast") and _only_measured(node.outputs[0], nodes))
+        for node in readers
+    )
+
+
+def _lies_along_positions(table: ir.Value, x: ir.Value) -> bool:
+    """Whether ``table``, multiplied with ``x`` [B, H, S, D], has a row for each position, the same for every head."""
+    if table.shape is None or len(table.shape) > 4:
+        return False
+    if len(table.shape) > 2 and static_dim(table, -3) != 1:
+        return False
+    return static_dim(table, -2) != 1 or static_dim(x, -2) == 1
+
+
 def _shaped_like(source: ir.Value, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
-    """``positions`` as batch 1 in the layout of ``source``: [B, S], [B, S, 1] or [B, 1, S]."""
-    dtype = np.int32 if source.dtype == ir.DataType.INT32 else np.int64
+    """``positions`` [B, S] in the layout of ``source``: [S], [B, S], [B, S, 1] or [B, 1, S]."""
+    typed: npt.NDArray[np.generic] = positions.astype(np.int32 if source.dtype == ir.DataType.INT32 else np.int64)
     shape = source.shape
     if shape is None or len(shape) not in (1, 2, 3):
         raise GraphError("the positions behind cos and sin have an unknown layout")
     if len(shape) == 1:
-        return positions.astype(dtype)
+        return typed.reshape(-1)
     if len(shape) == 2:
-        return positions.astype(dtype)[None, :]
+        return typed
     middle = static_dim(source, 1) == 1 and static_dim(source, 2) != 1
-    return positions.astype(dtype)[None, None, :] if middle else positions.astype(dtype)[None, :, None]
+    return typed[:, None, :] if middle else typed[:, :, None]
+
+
+def _checked_positions(value: ir.Value, signature: Signature) -> ir.Value:
+    """``value``, if it is the graph's input of positions and has the layout [B, S] of ours."""
+    if value.name != signature.position_ids:
+        raise GraphError(f"cos and sin are computed from {value.name}, which is not the positions")
+    if value.dtype != ir.DataType.INT64 or value.shape is None or len(value.shape) != 2:
+        raise GraphError("the graph's positions are not an int64 [batch, sequence] input")
+    return value
 
 
 def _position_ids(model: ir.Model, source: ir.Value) -> ir.Value:
@@ -276,12 +336,20 @@ def _position_ids(model: ir.Model, source: ir.Value) -> ir.Value:
     value: ir.Value | None = source
     while value is not None and (node := is_op(value, "Unsqueeze")) is not None:
         value = node.inputs[0]
+    signature, opset = detect_signature(model), model.graph.opset_imports[""]
     if value is not None and value.is_graph_input():
-        if value.dtype == ir.DataType.INT64 and value.shape is not None and len(value.shape) == 2:
-            return value
-        raise GraphError("the graph's positions are not an int64 [batch, sequence] input")
-    opset = model.graph.opset_imports[""]
-    needed = leaves(ancestors([source]), [source])
+        return _checked_positions(value, signature)
+    nodes = ancestors([source])
+    needed = leaves(nodes, [source])
+    for leaf in needed:
+        if _only_measured(leaf, set(nodes)) or leaf.name == signature.attention_mask:
+            continue  # positions may be counted from sizes or from the padding mask
+        given = _checked_positions(leaf, signature)
+        sample = np.array([[9, 2, 2, 1 << 20, 0], [7, 1, 3, 4, 1]])
+        copied = _evaluate([source], input_feeds(model, Probe(2, 0, 5), needed) | {leaf: sample}, opset)[0]
+        if not np.array_equal(copied.reshape(-1), sample.reshape(-1)):
+            raise GraphError(f"cos and sin are computed from positions that differ from {leaf.name}")
+        return given
     for probe in (Probe(2, 0, 4), Probe(2, 3, 1), Probe(2, 5, 3)):
         try:
             feeds = input_feeds(model, probe, needed)
@@ -289,8 +357,8 @@ def _position_ids(model: ir.Model, source: ir.Value) -> ir.Value:
             if probe.past == 0:
                 raise
             continue
-        counted = np.asarray(evaluate([source], feeds, opset)[0]).reshape(-1, probe.new)
-        if not (counted == probe.past + np.arange(probe.new)).all():
+        counted = _evaluate([source], feeds, opset)[0]
+        if counted.size % probe.new or (counted.reshape(-1, probe.new) != probe.past + np.arange(probe.new)).any():
             raise GraphError("the graph's own positions do not count on from the cached tokens")
     for graph_input in model.graph.inputs:
         if graph_input.name == names.POSITION_IDS:
