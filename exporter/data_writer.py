@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import IO
@@ -86,8 +87,13 @@ class DataWriter:
         return offset
 
     def _put(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+        # Hashing takes as long as writing; both let other threads run.
+        hashing = threading.Thread(target=self._hash.update, args=(data,))
+        hashing.start()
+        try:
+            self._file.write(data)
+        finally:
+            hashing.join()
         self.size += len(data)
 
     def _same_bytes(self, first: int, second: int, length: int) -> bool:
