@@ -9,7 +9,6 @@ of each engine's best round.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from qwenforge.bench.geometries import GEOMETRIES, write_checkpoint
 from qwenforge.bench.latency import Spread
 from qwenforge.bench.peers import genai
 from qwenforge.bench.peers.process import MeasuredProcess
+from qwenforge.bench.report_file import check_report_file, write_report
 from qwenforge.errors import UserError
 
 EXAMPLE = "python -m qwenforge.bench.against_peers --work /tmp/peers --prompt-tokens 128,512 --json peers.json"
@@ -55,15 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare what is missing, measure, print the table; returns the exit code."""
     args = _parser().parse_args(arguments)
     try:
+        if args.json is not None:
+            check_report_file(args.json)
         report = compare(args)
+        _print_table(report)
+        if args.json is not None:
+            write_report(args.json, report)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _print_table(report)
-    if args.json is not None:
-        partial = args.json.with_name(f".{args.json.name}.partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(args.json)
     return 0
 
 
@@ -105,7 +105,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see :func:`main` for the arguments.
 
     Returns:
-        The circumstances, ``settings``, and for each engine its ``figures`` and its ``ratio`` (ours over the peer's, by prompt length).
+        The circumstances, ``settings``, and for each engine its ``figures`` and its ``ratio`` (ours over the peer's, by
+        prompt length).
 
     Raises:
         UserError: an engine cannot be built or loaded.
@@ -203,7 +204,9 @@ def _print_table(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     settings = report["settings"]
-    title = f"{settings['geometry']} fp32, {settings['threads']} threads, {settings['rounds']} rounds: median [min-max]"
+    title = (
+        f"{settings['geometry']} fp32, {settings['threads']} threads, {settings['rounds']} rounds: median \\[min-max]"
+    )
     table = Table(title=title, caption=f"ratios are qwenforge's figure over this engine's; {settings['peer']}")
     for column in ("engine", "prompt", "TTFT ms", "ratio", "best", "tokens/s", "ratio", "best", "peak RSS MB"):
         table.add_column(column, justify="left" if column == "engine" else "right")

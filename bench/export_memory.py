@@ -10,9 +10,9 @@ import argparse
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from typing import Any
 
 from qwenforge.bench.circumstances import circumstances
 from qwenforge.bench.geometries import GEOMETRIES, tensor_shapes, write_checkpoint
+from qwenforge.bench.report_file import check_report_file, write_report
 from qwenforge.errors import UserError
 
 EXAMPLE = "python -m qwenforge.bench.export_memory --geometry 1.5b --work /tmp/export-memory --json memory.json"
@@ -55,15 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; the exit code is 1 when the bound is missed or the export fails."""
     args = _parser().parse_args(arguments)
     try:
+        if args.json is not None:
+            check_report_file(args.json)
         report = measure_export(args)
+        _print(report)
+        if args.json is not None:
+            write_report(args.json, report)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    _print(report)
-    if args.json is not None:
-        partial = args.json.with_name(f".{args.json.name}.partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(args.json)
     return 0 if report["within_bound"] else 1
 
 
@@ -97,14 +98,11 @@ def measure_export(args: argparse.Namespace) -> dict[str, Any]:
         UserError: the export fails.
     """
     checkpoint = write_checkpoint(args.work / f"{args.geometry}-{args.stored}", args.geometry, dtype=args.stored)
-    bundle = args.work / f"{args.geometry}-bundle"
     options = ["--target", args.target, "--dtype", args.dtype, "--weights", args.weights]
     if args.no_verify:
         options.append("--no-verify")
-    try:
-        run = run_export(checkpoint, bundle, options)
-    finally:
-        shutil.rmtree(bundle, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="export-", dir=args.work) as folder:
+        run = run_export(checkpoint, Path(folder) / f"{args.geometry}-bundle", options)
     bound = bound_bytes(args.geometry, args.dtype)
     return {
         **circumstances(),

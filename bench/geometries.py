@@ -106,13 +106,15 @@ def write_checkpoint(folder: Path, geometry: str, *, dtype: str = "fp32") -> Pat
         dtype: of the stored weights: ``fp32``, ``fp16`` or ``bf16``.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or holds a checkpoint of somebody else.
     """
     config = GEOMETRIES[geometry] | {"torch_dtype": _TORCH_NAMES[dtype]}
     written = folder / "config.json"
     try:
         if written.is_file() and written.read_text() == _as_text(config):
             return folder
+        if written.exists() and not _is_ours(written):
+            raise UserError(f"{folder} holds another checkpoint, which would be overwritten; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         written.unlink(missing_ok=True)
         _write_weights(folder / "model.safetensors", tensor_shapes(config), dtype)
@@ -123,6 +125,12 @@ def write_checkpoint(folder: Path, geometry: str, *, dtype: str = "fp32") -> Pat
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
     return folder
+
+
+def _is_ours(config: Path) -> bool:
+    """Whether :func:`write_checkpoint` wrote this config.json, for whatever geometry and dtype."""
+    texts = (_as_text(known | {"torch_dtype": name}) for known in GEOMETRIES.values() for name in _TORCH_NAMES.values())
+    return config.is_file() and config.read_text(errors="replace") in texts
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -90,7 +90,8 @@ def measure(
     """Measure every subject on the same prompts, in alternating runs.
 
     Raises:
-        UserError: a subject cannot be loaded.
+        UserError: a subject cannot be loaded or asked for such a run.
+        RuntimeError: a subject's process ended by itself.
     """
     tell = progress or (lambda _: None)
     with _Workers() as workers:
@@ -148,7 +149,11 @@ class _Workers:
 
     def start(self, spec: SubjectSpec) -> None:
         process = subprocess.Popen(
-            [sys.executable, "-m", "qwenforge.bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "qwenforge.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # an interrupt from the keyboard is for us alone, who then kill the workers
         )
         self._processes.append(process)
         ready = self._ask(process, {"subject": spec.name, "arguments": spec.arguments})

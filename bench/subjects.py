@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from qwenforge.errors import UserError
+
 Tokens = list[list[int]]
 
 
@@ -32,15 +34,17 @@ class Subject(Protocol):
 class QwenforgeSubject:
     """A qwenforge bundle in the Python runtime."""
 
-    def __init__(self, bundle: Path, threads: int) -> None:
+    def __init__(self, bundle: Path, threads: int, max_batch: int | None = None) -> None:
         from qwenforge.runtime import load
 
-        self._model = load(bundle, threads=threads)
+        self._model = load(bundle, threads=threads, max_batch=max_batch)
         self.vocab_size = self._model.session.vocabulary_size
         self.description = "qwenforge"
 
     def steps(self, prompts: Tokens, new_tokens: int) -> list[float]:
         """See :class:`Subject`."""
+        if len(prompts) > self._model.max_batch:
+            raise UserError(f"{len(prompts)} prompts at once are more than the {self._model.max_batch} loaded for.")
         times = [time.perf_counter()]
         events = self._model.stream(prompts, max_new_tokens=new_tokens, ignore_eos=True)
         for seen, _ in enumerate(events, start=1):

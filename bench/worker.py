@@ -33,16 +33,21 @@ def main() -> int:
     }
     try:
         subject = SUBJECTS[setup["subject"]](**arguments)
+        answer({"description": subject.description, "vocab_size": subject.vocab_size})
+        for line in sys.stdin:
+            request = json.loads(line)
+            generator = np.random.default_rng(request["seed"])
+            shape = (request["batch"], request["prompt_tokens"])
+            prompts = generator.integers(0, subject.vocab_size, shape).tolist()
+            answer({"times": subject.steps(prompts, request["new_tokens"]), "peak_rss_bytes": peak_rss_bytes()})
     except UserError as error:
         answer({"error": str(error)})
         return 1
-    answer({"description": subject.description, "vocab_size": subject.vocab_size})
-    for line in sys.stdin:
-        request = json.loads(line)
-        generator = np.random.default_rng(request["seed"])
-        shape = (request["batch"], request["prompt_tokens"])
-        prompts = generator.integers(0, subject.vocab_size, shape).tolist()
-        answer({"times": subject.steps(prompts, request["new_tokens"]), "peak_rss_bytes": peak_rss_bytes()})
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("qwenforge"):
+            raise
+        answer({"error": f"measuring {setup['subject']} needs {error.name}, which is not installed: install it here."})
+        return 1
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from qwenforge.cli.base import Command
 
 if TYPE_CHECKING:
     from qwenforge.bench.latency import Measurement, SubjectSpec, Workload
+    from qwenforge.bundle import Bundle
 
 PEERS = ("transformers",)
 
@@ -47,37 +47,41 @@ class BenchCommand(Command):
 
     def run(self, args: argparse.Namespace) -> int:
         from qwenforge.bench.latency import Workload, measure
+        from qwenforge.bench.report_file import check_report_file, write_report
         from qwenforge.bundle import Bundle
         from qwenforge.errors import UserError
+        from qwenforge.machine import describe
 
+        file = None if args.json in (None, "-") else Path(args.json)
+        if file is not None:
+            check_report_file(file)
         bundle = Bundle.open(args.bundle)
         needed, limit = args.prompt_tokens + args.new_tokens, bundle.manifest.limits.max_length
         if needed > limit:
             raise UserError(f"{needed} tokens (prompt and answer) exceed the bundle's limit of {limit}; ask for fewer.")
         if args.new_tokens < 2:
             raise UserError("--new-tokens must be at least 2: the first token is timed as TTFT, the others as ITL.")
-        threads = args.threads or len(os.sched_getaffinity(0))
+        threads = args.threads or describe().processor.usable_threads
         workload = Workload(args.prompt_tokens, args.new_tokens, args.batch, args.runs, threads)
-        specs = _specs(args, bundle.manifest.dtype, threads)
+        specs = _specs(args, bundle, threads)
         results = _measure_with_progress(specs, workload, measure)
         report = as_json(results, workload)
         if args.json == "-":
             print(json.dumps(report, indent=1))
             return 0
         print_table(results, workload)
-        if args.json:
-            path = Path(args.json)
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps(report, indent=1) + "\n")
-            partial.replace(path)
+        if file is not None:
+            write_report(file, report)
         return 0
 
 
-def _specs(args: argparse.Namespace, dtype: str, threads: int) -> list[SubjectSpec]:
+def _specs(args: argparse.Namespace, bundle: Bundle, threads: int) -> list[SubjectSpec]:
     from qwenforge.bench.latency import SubjectSpec
     from qwenforge.errors import UserError
+    from qwenforge.exporter.checkpoint import Checkpoint
 
-    specs = [SubjectSpec("qwenforge", {"bundle": str(args.bundle), "threads": threads})]
+    options = {"bundle": str(args.bundle), "threads": threads, "max_batch": args.batch}
+    specs = [SubjectSpec("qwenforge", options)]
     for peer in filter(None, (args.against or "").split(",")):
         if peer not in PEERS:
             raise UserError(f"no peer is called {peer!r}; known peers: {', '.join(PEERS)}.")
@@ -85,9 +89,13 @@ def _specs(args: argparse.Namespace, dtype: str, threads: int) -> list[SubjectSp
             raise UserError(
                 f"--against {peer} needs --checkpoint DIR: the checkpoint that the bundle was exported from."
             )
-        if not (args.checkpoint / "config.json").is_file():
-            raise UserError(f"{args.checkpoint} has no config.json; --checkpoint names a Hugging Face folder.")
-        specs.append(SubjectSpec(peer, {"checkpoint": str(args.checkpoint), "threads": threads, "dtype": dtype}))
+        if Checkpoint.open(args.checkpoint).fingerprint() != bundle.manifest.source.fingerprint:
+            raise UserError(
+                f"{args.bundle} was not exported from {args.checkpoint}, so comparing them says nothing; give "
+                "--checkpoint the one it was exported from, or export again."
+            )
+        options = {"checkpoint": str(args.checkpoint), "threads": threads, "dtype": bundle.manifest.dtype}
+        specs.append(SubjectSpec(peer, options))
     return specs
 
 
@@ -124,15 +132,16 @@ def as_json(results: list[Measurement], workload: Workload) -> dict[str, Any]:
 def print_table(results: list[Measurement], workload: Workload) -> None:
     """The figures as a table, one row a subject; ratios are to the first."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     title = (
         f"{workload.prompt_tokens} prompt + {workload.new_tokens} new tokens, batch {workload.batch}, "
         f"{workload.runs} runs, {workload.threads} threads: median [min-max]"
     )
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for column in ("engine", "TTFT ms", "ITL ms p50 / p90 / p99", "tokens/s", "peak RSS MB", "TTFT, tok/s ratio"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
+        table.add_column(column, justify="left" if column == "engine" else "right", no_wrap=True)
     first = results[0]
     for result in results:
         ttft, rate = result.ttft_ms, result.tokens_per_second
@@ -146,5 +155,5 @@ def print_table(results: list[Measurement], workload: Workload) -> None:
         )
     console = Console()
     # Figures are not folded where the output is a pipe (80 columns) or a narrow terminal.
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 140)
     console.print(table)

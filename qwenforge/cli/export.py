@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qwenforge.cli.arguments import add_dtype, add_json, add_target, positive_int
-from qwenforge.cli.base import Command
+from qwenforge.cli.base import EXIT_DONE, Command
 
 if TYPE_CHECKING:
     from qwenforge.engine.export import ExportReport
@@ -45,8 +45,6 @@ class ExportCommand(Command):
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
-        from qwenforge.engine.export import export_checkpoint
-
         options: dict[str, Any] = {
             "target": args.target,
             "dtype": args.dtype,
@@ -56,24 +54,34 @@ class ExportCommand(Command):
             "verify_result": not args.no_verify,
             "verify_passes": args.verify_passes,
         }
+        report = _export_with_progress(args, options)
         if args.json:
-            print(json.dumps(_as_json(export_checkpoint(args.checkpoint, args.output, **options)), indent=1))
-            return 0
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            print(json.dumps(_as_json(report), indent=1))
+        else:
+            _print(report)
+        return EXIT_DONE
 
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description:<44.44}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("read checkpoint", total=1.0)
-            report = export_checkpoint(
-                args.checkpoint,
-                args.output,
-                **options,
-                progress=lambda what, done: progress.update(task, description=what, completed=done),
-            )
-        _print(report)
-        return 0
+
+def _export_with_progress(args: argparse.Namespace, options: dict[str, Any]) -> ExportReport:
+    """Export, drawing the progress where standard error is a terminal and writing nothing there where it is not."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from qwenforge.cli.interrupts import raise_if_interrupted
+    from qwenforge.engine.export import export_checkpoint
+
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        return export_checkpoint(args.checkpoint, args.output, **options, progress=lambda *_: raise_if_interrupted())
+    columns = (TextColumn("{task.description:<44.44}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("read checkpoint", total=1.0)
+
+        def show(what: str, done: float) -> None:
+            raise_if_interrupted()
+            progress.update(task, description=what, completed=done)
+
+        return export_checkpoint(args.checkpoint, args.output, **options, progress=show)
 
 
 def _as_json(report: ExportReport) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def _print(report: ExportReport) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     size = report.data_bytes / 1e6
     linked = f", {report.linked_bytes / 1e6:.1f} MB linked" if report.linked_bytes else ""
     console.print(f"wrote {escape(str(report.bundle))}: {report.target} {report.dtype}, {report.nodes} nodes, ", end="")

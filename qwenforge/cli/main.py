@@ -16,6 +16,7 @@ from importlib import import_module
 from types import MappingProxyType
 
 from qwenforge import __version__
+from qwenforge.cli import interrupts
 from qwenforge.cli.base import EXIT_BROKEN_PIPE, EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, Command
 from qwenforge.errors import UserError
 
@@ -50,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        try:
-            return _dispatch(arguments)
-        finally:
-            sys.stdout.flush()
+        with interrupts.remembered():
+            try:
+                return _dispatch(arguments)
+            finally:
+                sys.stdout.flush()
     except UserError as error:
         print(f"qwenforge: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -68,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("qwenforge: interrupted", file=sys.stderr)
+        # An exec() of text that the interrupt passed through has told CPython to end by the signal and not by our exit
+        # code; the next exec() takes it back.
+        exec("")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone: point stdout at nothing so that the interpreter's

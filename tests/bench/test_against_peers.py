@@ -11,9 +11,7 @@ from qwenforge.bench import against_peers
 from qwenforge.bench.against_peers import Figures, main
 from qwenforge.bench.peers import genai
 from qwenforge.bench.peers.process import MeasuredProcess
-from qwenforge.bench.peers.random_checkpoint import write_random_checkpoint
 from qwenforge.errors import UserError
-from qwenforge.exporter.checkpoint import Checkpoint
 
 WORKER = """
 import json, sys
@@ -92,15 +90,6 @@ def test_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
     assert found["our_ttft_ratio"] == {"median": 0.5, "low": 0.25, "high": 0.5}
     assert found["our_tokens_per_second_ratio"]["median"] == 2.0
     assert found["our_best_ttft_ratio"] == 0.5 and found["our_best_tokens_per_second_ratio"] == 2.0
-
-
-def test_random_checkpoint_is_complete_and_written_once(tmp_path: Path) -> None:
-    folder = write_random_checkpoint(tmp_path / "tiny", "tiny")
-    source = Checkpoint.open(folder)
-    assert source.config.num_hidden_layers == 2 and source.config.tie_word_embeddings
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    write_random_checkpoint(folder, "tiny")
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
