@@ -341,7 +341,7 @@ def _verification(dtype: str, report: VerificationReport | None) -> Verification
         new_tokens=report.new_tokens,
         max_abs_error=report.max_abs_error,
         kl=report.max_kl,
-        greedy_match=report.token_disagreements == 0,
+        greedy_match=report.token_disagreements == 0 and report.near_ties == 0,
         bound=report.bound,
     )
 

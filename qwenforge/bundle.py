@@ -54,9 +54,7 @@ class Bundle:
         Raises BundleError, one sentence that names the file at fault.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            what = "is a file, not a bundle folder" if folder.exists() else "does not exist"
-            raise BundleError(f"{folder} {what}; give the folder that 'qwenforge export' wrote")
+        _check_folder(folder)
         manifest = read_manifest(folder)
         for name, record in manifest.files.items():
             _check_file(folder, name, record, verify)
@@ -92,8 +90,19 @@ class Bundle:
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """The checkpoint's generation_config.json; empty when it had none."""
-        return self._json(GENERATION_CONFIG)
+        """The checkpoint's generation_config.json; empty when it had none.
+
+        Raises BundleError when the file is no JSON object or its ``eos_token_id`` is not one token or several.
+        """
+        config = self._json(GENERATION_CONFIG)
+        found, vocabulary = config.get("eos_token_id"), self.manifest.model.vocab_size
+        tokens = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+            raise BundleError(
+                f"{self.path / GENERATION_CONFIG}: eos_token_id is no token of the model's {vocabulary}; "
+                "export the bundle again"
+            )
+        return config
 
     @property
     def accuracy(self) -> dict[str, Any]:
@@ -140,6 +149,22 @@ class Bundle:
         if not isinstance(value, dict):
             raise BundleError(f"{self.path / name} is not a JSON object; export the bundle again")
         return value
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        str(folder).encode()
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except FileNotFoundError as error:
+        raise BundleError(f"{folder} does not exist; give the folder that 'qwenforge export' wrote") from error
+    except UnicodeEncodeError as error:
+        raise BundleError(f"the path {str(folder)!r} is not valid UTF-8; rename the folder") from error
+    except OSError as error:
+        raise BundleError(
+            f"{str(folder)[:200]} cannot be reached ({error.strerror}); give the folder that 'qwenforge export' wrote"
+        ) from error
+    if not is_folder:
+        raise BundleError(f"{folder} is a file, not a bundle folder; give the folder that 'qwenforge export' wrote")
 
 
 def _check_size(folder: Path, name: str, expected: int) -> Path:

@@ -46,19 +46,25 @@ RESERVED_NAMES = frozenset(
 """Names that mean something in a bundle: a file of such a name that the manifest does not list was slipped in."""
 
 
+_LONGEST_NAME = 1000
+_SHOWN = 80
+"""Characters of a name that a message repeats."""
+
+
 def check_file_name(name: str) -> str:
     """``name`` itself; ValueError unless it is a relative POSIX path that stays inside its folder on every system."""
     path = PurePosixPath(name)
     # A backslash or a colon would name another folder or a drive on Windows.
     inside = not path.is_absolute() and ".." not in path.parts and str(path) == name and name not in ("", ".")
-    if not inside or set(name) & set("\\:\0"):
-        raise ValueError(f"{name!r} is not a plain relative file name")
+    if not inside or set(name) & set("\\:") or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ValueError(f"{name[:_SHOWN]!r} is not a plain relative file name")
     if name == MANIFEST_NAME:
         raise ValueError(f"{MANIFEST_NAME} cannot list itself")
     return name
 
 
 FileName = Annotated[str, AfterValidator(check_file_name)]
+Word = Annotated[str, Field(pattern=r"^[\w.-]{1,40}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -137,7 +143,7 @@ class Verification(_Part):
     """What the export compared with the source checkpoint, and what came out.
 
     ``max_abs_error`` and ``kl`` (nats, worst position) are over logits, ``bound`` is the limit on ``max_abs_error``,
-    ``greedy_match`` tells whether all greedy tokens agreed. ``performed=False`` records ``--no-verify``.
+    ``greedy_match`` tells whether all greedy tokens agreed, near ties included. ``performed=False`` records ``--no-verify``.
     """
 
     performed: bool
@@ -161,8 +167,8 @@ class BundleFacts(_Part):
     """The part of the manifest that the exporter states; the writer adds files, hashes, versions and date."""
 
     source: Source
-    target: Annotated[str, Field(min_length=1)]
-    dtype: Annotated[str, Field(min_length=1)]
+    target: Word
+    dtype: Word
     weights: Literal["copy", "link"] = "copy"
     limits: Limits
     inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
@@ -182,6 +188,13 @@ class BundleFacts(_Part):
             names = [tensor.name for tensor in tensors]
             if len(set(names)) != len(names):
                 raise ValueError("two inputs or two outputs have the same name")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_in_the_vocabulary(self) -> BundleFacts:
+        for token in (*self.eos_token_ids, self.bos_token_id, self.pad_token_id):
+            if token is not None and token >= self.model.vocab_size:
+                raise ValueError(f"token {token} is not one of the model's {self.model.vocab_size}")
         return self
 
 
@@ -233,7 +246,7 @@ def load_manifest_json(folder: Path) -> dict[str, Any]:
             raise BundleError(
                 f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is; export the bundle again"
             )
-        fields = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
+        fields = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     except (ValueError, RecursionError) as error:
@@ -266,8 +279,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path}: {_first_problem(error)}; export the bundle again") from error
     except RecursionError as error:
         raise BundleError(f"{path} is nested too deeply to be a manifest; export the bundle again") from error
-    if "schema_version" not in fields:
-        raise BundleError(f"{path}: schema_version is missing; export the bundle again")
+    if type(version) is not int:
+        raise BundleError(f"{path}: schema_version is missing or no number; export the bundle again")
     if stated != checksum(fields):
         raise BundleError(
             f"{path} does not agree with its own checksum: it was changed after it was written; export the bundle again"
@@ -288,10 +301,15 @@ def _finite(text: str) -> float:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    where = ".".join(_shown(str(part)) for part in problem["loc"] if part != "[key]")
     if problem["type"] == "missing":
         return f"the field {where} is missing"
     if problem["type"] == "extra_forbidden":
         return f"the field {where} is unknown"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message[:1].lower()}{message[1:]}" if where else message
+
+
+def _shown(name: str) -> str:
+    """``name`` in a sentence: in one line and of bounded length."""
+    return name if name.isprintable() and len(name) <= _SHOWN else f"{name[:_SHOWN]!r}"
