@@ -143,7 +143,8 @@ class Verification(_Part):
     """What the export compared with the source checkpoint, and what came out.
 
     ``max_abs_error`` and ``kl`` (nats, worst position) are over logits, ``bound`` is the limit on ``max_abs_error``,
-    ``greedy_match`` tells whether all greedy tokens agreed, near ties included. ``performed=False`` records ``--no-verify``.
+    ``greedy_match`` tells whether all greedy tokens agreed, near ties included. ``performed=False`` records
+    ``--no-verify``.
     """
 
     performed: bool
