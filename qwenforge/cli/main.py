@@ -23,6 +23,7 @@ from qwenforge.errors import UserError
 VERBS: Mapping[str, str] = MappingProxyType(
     {
         "doctor": "show what this machine can export, build and run",
+        "plan": "say what fits on a device and how fast it could be",
         "export": "turn a checkpoint into a verified bundle",
         "optimize": "run the graph passes on any ONNX model",
         "run": "generate text with a bundle",

@@ -1,0 +1,1 @@
+"""What a model would need and could do on a device, from its configuration alone."""
