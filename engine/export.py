@@ -146,7 +146,7 @@ def export_checkpoint(
         clock.start("finish")
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)
-        writer.add_json(GENERATION_CONFIG, dict(source.generation_config))
+        writer.add_json(GENERATION_CONFIG, _generation_config(source))
         _add_accuracy(writer, chosen, report)
         facts = _facts(source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report)
         hashes = {saved.data.path.name: saved.data.sha256} if saved.data else {}
@@ -286,8 +286,8 @@ def _facts(
     report: VerificationReport | None,
 ) -> BundleFacts:
     config = source.config
-    generation = source.generation_config
-    eos = generation.get("eos_token_id", list(config.eos_token_ids))
+    generation = _generation_config(source)
+    eos = generation.get("eos_token_id", [token for token in config.eos_token_ids if token < config.vocab_size])
     sparse = config.num_experts or None
     return BundleFacts(
         source=Source(
@@ -324,6 +324,18 @@ def _facts(
         bos_token_id=generation.get("bos_token_id"),
         pad_token_id=generation.get("pad_token_id"),
     )
+
+
+def _generation_config(source: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's, without special tokens beyond the vocabulary: no model can choose them."""
+    config = dict(source.generation_config)
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        given = config.get(name)
+        if isinstance(given, list):
+            config[name] = [token for token in given if token < source.config.vocab_size]
+        elif given is not None and given >= source.config.vocab_size:
+            config[name] = None
+    return config
 
 
 def _tool_versions() -> dict[str, str]:

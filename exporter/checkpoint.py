@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint, opened and checked without reading a weight."""
+"""A Hugging Face checkpoint, opened and checked without reading a weight beyond the small norms."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ class Checkpoint:
         stored = _collect(folder, headers, index)
         layout = _layout(stored)
         _check_tensors(folder, config, stored, layout, headers)
+        _check_norms(folder, stored, files)
         opened = cls(
             folder=folder,
             config=config,
@@ -198,6 +199,18 @@ def _collect(
                 f"{folder / file} lacks tensor {name!r}, which {INDEX_FILE} lists there: download the files again"
             )
     return stored
+
+
+def _check_norms(folder: Path, stored: Mapping[str, tuple[StoredTensor, str]], files: Mapping[str, Path]) -> None:
+    """Refuse a norm of zeros: its layer would say nothing, and a broken download leaves zeros where data should be."""
+    for name, (tensor, file) in stored.items():
+        if not name.endswith("norm.weight"):
+            continue
+        if not any(block.any() for block in read_bytes(CheckpointTensor(tensor, files[file]), 1 << 16)):
+            raise CheckpointError(
+                f"{folder / file}: tensor {name!r} holds nothing but zeros, as after a broken download: download the "
+                "file again"
+            )
 
 
 def _layout(stored: Mapping[str, Any]) -> ExpertLayout:

@@ -10,12 +10,26 @@ from typing import Any
 
 from qwenforge.errors import CheckpointError
 
+MAX_JSON_BYTES = 64 * 1024 * 1024
+"""Largest JSON file read; the index of a checkpoint with 100 000 tensors has 10 MB."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
 def check_folder(folder: Path) -> None:
     """Raise CheckpointError, saying what to give instead, unless ``folder`` can be a checkpoint."""
+    try:
+        str(folder).encode()
+        folder.stat()
+    except FileNotFoundError:
+        pass  # answered below
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"the path {str(folder)!r} is not valid UTF-8: rename the folder") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(folder)[:200]} cannot be reached ({error.strerror or error}): give the path of a Hugging Face "
+            "checkpoint folder"
+        ) from error
     if folder.suffix == ".gguf":
         raise CheckpointError(f"{folder} is a GGUF file: give the original Hugging Face checkpoint folder instead")
     if not folder.exists():
@@ -51,7 +65,13 @@ def inside(folder: Path, name: str, *, named_by: str) -> Path:
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise CheckpointError(f"{named_by} names {name!r}, outside the checkpoint folder: do not trust this checkpoint")
     path = folder / name
-    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    try:
+        real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+        is_file = real.is_file()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{named_by} names {name[:80]!r}, which no file can be called: download it again"
+        ) from error
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
@@ -59,7 +79,7 @@ def inside(folder: Path, name: str, *, named_by: str) -> Path:
         raise CheckpointError(
             f"{named_by} names {name!r}, a link to {real} outside the checkpoint folder: copy the file into the folder"
         )
-    if not real.is_file():
+    if not is_file:
         raise CheckpointError(f"{named_by} names {name!r}, which is missing in {folder}: download it")
     return real
 
@@ -82,9 +102,22 @@ def weight_files(folder: Path) -> tuple[dict[str, Path], dict[str, str] | None]:
 
 
 def read_json_object(path: Path) -> Mapping[str, Any]:
-    """The JSON object in ``path``; raises CheckpointError when there is none."""
+    """The JSON object in ``path``; raises CheckpointError when there is none, or an object lists a name twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                raise CheckpointError(f"{path} lists {name[:80]!r} twice: keep one of them")
+            fields[name] = value
+        return fields
+
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+        if len(content) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes, too large for it: download it again")
+        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(parsed, dict):

@@ -6,14 +6,15 @@ either known to be harmless or refused by name.
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qwenforge.errors import CheckpointError, UnsupportedError
-from qwenforge.exporter.config_fields import BOOKKEEPING, Fields
+from qwenforge.exporter.checkpoint_files import read_json_object
+from qwenforge.exporter.config_fields import BOOKKEEPING, Fields, check_values
 from qwenforge.exporter.rotary import RotaryConfig, read_rotary
 
 ModelType = Literal["qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
@@ -25,6 +26,10 @@ _ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 _DTYPES = ("float32", "float16", "bfloat16")
+_LARGEST_EPSILON = 1e-2
+"""Above it an addend to a mean of squares is no guard against zero; the fusion of RMSNorm has the same limit."""
+_SHORTEST_CONTEXT = 16
+"""A bundle is verified on prompts and answers of some tokens."""
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -77,6 +82,7 @@ class ModelConfig:
         shared_expert_intermediate_size: 0 when there is no shared expert.
         dtype: The dtype config.json declares, None when it does not; the tensors' own dtypes are in their headers.
         source: The parsed config.json.
+        decisive: Those of its fields that decide the numbers.
     """
 
     model_type: ModelType
@@ -106,6 +112,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    decisive: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, path: Path) -> ModelConfig:
@@ -115,19 +122,16 @@ class ModelConfig:
             CheckpointError: The file is absent, is not JSON, or a field has an impossible value.
             UnsupportedError: A field asks for something this project does not do.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing: give a Hugging Face checkpoint folder") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON ({error}): download it again") from error
-        return cls.parse(values, where=str(path))
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: give a Hugging Face checkpoint folder")
+        return cls.parse(read_json_object(path), where=str(path))
 
     @classmethod
     def parse(cls, values: Any, *, where: str = "config.json") -> ModelConfig:
         """Build from the parsed content of ``config.json``; raises as :meth:`read` does."""
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{where} must hold a JSON object: download it again")
+        check_values(values, where)
         fields = Fields(values, where)
         model_type = _read_model_type(fields)
         defaults = _DEFAULTS[model_type]
@@ -137,7 +141,7 @@ class ModelConfig:
         layers = fields.integer("num_hidden_layers", defaults.num_hidden_layers, at_most=1024)
         hidden = fields.integer("hidden_size", defaults.hidden_size)
         heads = fields.integer("num_attention_heads", defaults.num_attention_heads)
-        positions = fields.integer("max_position_embeddings", 32768)
+        positions = fields.integer("max_position_embeddings", 32768, at_least=_SHORTEST_CONTEXT)
         experts = _read_experts(fields, model_type, defaults) if moe else _no_experts(fields)
         sparse = _read_sparse_layers(fields, layers, experts["num_experts"] if moe else 0)
         windows = _read_sliding_windows(fields, model_type, layers)
@@ -153,7 +157,7 @@ class ModelConfig:
             head_dim=_read_head_dim(fields, hidden, heads, defaults.head_dim),
             intermediate_size=fields.integer("intermediate_size", defaults.intermediate_size),
             max_position_embeddings=positions,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6, at_least=1e-30, at_most=_LARGEST_EPSILON),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             # transformers gives Qwen2's projections their biases whatever config.json says.
             qkv_bias={"qwen2": True, "qwen2_moe": qkv_bias}.get(model_type, attention_bias),
@@ -162,21 +166,24 @@ class ModelConfig:
             rotary=read_rotary(fields, positions),
             layer_kinds=tuple(LayerKind(s, w) for s, w in zip(sparse, windows, strict=True)),
             dtype=_read_dtype(fields),
-            eos_token_ids=_token_ids(fields, "eos_token_id"),
-            bos_token_id=next(iter(_token_ids(fields, "bos_token_id")), None),
-            pad_token_id=next(iter(_token_ids(fields, "pad_token_id")), None),
+            eos_token_ids=fields.tokens("eos_token_id"),
+            bos_token_id=fields.token("bos_token_id"),
+            pad_token_id=fields.token("pad_token_id"),
             source=dict(values),
             **experts,
         )
         fields.finish(BOOKKEEPING)
-        return config
+        return replace(config, decisive=fields.decisive)
 
     def to_transformers(self) -> Any:
-        """transformers' own configuration object built from the same config.json; only embeddings may be untied."""
+        """transformers' own configuration object, built from the fields of config.json that decide the numbers.
+
+        Only embeddings may be untied. The other fields stay behind: transformers refuses or warns of some values that
+        mean nothing here, and "return_dict" changes what its modules return.
+        """
         from transformers import AutoConfig
 
-        values = json.loads(json.dumps(dict(self.source)))
-        values.pop("model_type", None)
+        values = copy.deepcopy(dict(self.decisive))
         values["tie_word_embeddings"] = self.tie_word_embeddings
         return AutoConfig.for_model(self.model_type, **values)
 
@@ -218,7 +225,9 @@ def _read_head_dim(fields: Fields, hidden: int, heads: int, default: int | None)
         )
     head_dim = fields.integer("head_dim", default or hidden // heads)
     if head_dim % 2:
-        raise CheckpointError(f"{fields.where}: the head size {head_dim} is odd, which rotary embeddings do not allow")
+        raise CheckpointError(
+            f"{fields.where}: the head size {head_dim} is odd, which rotary embeddings do not allow; correct the file"
+        )
     return head_dim
 
 
@@ -252,9 +261,10 @@ def _no_experts(fields: Fields) -> dict[str, Any]:
 
 def _read_sparse_layers(fields: Fields, layers: int, experts: int) -> list[bool]:
     step = fields.integer("decoder_sparse_step", 1)
-    dense = fields.raw("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in dense):
-        raise fields.error("mlp_only_layers", "must be a list of layer numbers")
+    dense = fields.raw("mlp_only_layers")
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < layers for i in dense):
+        raise fields.error("mlp_only_layers", f"must be a list of layer numbers below {layers}")
     return [experts > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
 
 
@@ -262,7 +272,8 @@ def _read_sliding_windows(fields: Fields, model_type: str, layers: int) -> list[
     """Each layer's window, decided as transformers' configuration and modeling code of that model type decide it."""
     used = fields.boolean("use_sliding_window", False)
     null = fields.has("sliding_window") and fields.raw("sliding_window") is None
-    window = fields.integer("sliding_window", 4096) if used and not null else None
+    given_window = None if null else fields.integer("sliding_window", 4096, at_least=1 if used else 0)
+    window = given_window if used else None
     first = fields.integer("max_window_layers", 28, at_least=0)
     if model_type == "qwen3_moe":
         types = [_FULL if window is None else _SLIDING] * layers
@@ -292,11 +303,3 @@ def _read_dtype(fields: Fields) -> str | None:
     if dtype is not None and dtype not in _DTYPES:
         raise fields.refuse(name, f"only {', '.join(_DTYPES)} are supported")
     return None if dtype is None else str(dtype)
-
-
-def _token_ids(fields: Fields, name: str) -> tuple[int, ...]:
-    value = fields.raw(name)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise fields.error(name, "must be a token number or a list of them")
-    return tuple(ids)

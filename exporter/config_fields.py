@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,9 @@ BOOKKEEPING = frozenset(
 """Fields that say nothing about the numbers of a forward pass: bookkeeping, training, and generation settings that
 older transformers kept here."""
 
+_MAX_DEPTH = 32
+"""Deepest nesting of a value; transformers writes 3."""
+
 _EXPLANATIONS = {
     "quantization_config": "quantized checkpoints are not supported; export the unquantized checkpoint instead",
     "compression_config": "compressed checkpoints are not supported; export the uncompressed checkpoint instead",
@@ -49,6 +53,11 @@ class Fields:
         self._values = values
         self._known: set[str] = set()
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The fields that were asked for, but for the bookkeeping among them."""
+        return {name: self._values[name] for name in self._values if name in self._known - BOOKKEEPING}
+
     def raw(self, name: str) -> Any:
         """The value as JSON gave it, None when absent."""
         self._known.add(name)
@@ -66,12 +75,36 @@ class Fields:
             raise self.error(name, f"must be an integer from {at_least} to {at_most}")
         return value
 
-    def number(self, name: str, default: float | None) -> float:
-        """A finite positive number; the default when absent, an error when that is None."""
+    def number(
+        self, name: str, default: float | None, *, at_least: float = 0.0, at_most: float = sys.float_info.max
+    ) -> float:
+        """A positive number between the bounds; the default when absent, an error when that is None."""
         value = self._or_default(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self.error(name, "must be a positive number")
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        if not fits or not at_least <= value <= at_most:
+            bounds = f" from {at_least:g} to {at_most:g}" if at_least > 0 else ""
+            raise self.error(name, f"must be a positive number{bounds}")
         return float(value)
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """The token numbers in a field that is absent, null, a number or a list of numbers.
+
+        A number beyond the vocabulary is let through, as transformers does: no model can choose it.
+        """
+        value = self.raw(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(_is_token(token) for token in ids):
+            raise self.error(name, "must be a token number or a list of them")
+        return tuple(ids)
+
+    def token(self, name: str) -> int | None:
+        """The token number in a field that may be absent or null."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if not _is_token(value):
+            raise self.error(name, "must be a token number")
+        return int(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         """true or false; the default when absent."""
@@ -106,6 +139,34 @@ class Fields:
         if name not in self._values and default is None:
             raise CheckpointError(f"{self.where}: field {name!r} is missing; complete the file")
         return self._values.get(name, default)
+
+
+def check_values(values: Mapping[str, Any], where: str) -> None:
+    """Refuse, naming the field, what JSON cannot carry on: NaN, infinity, half characters and very deep nesting.
+
+    Raises:
+        CheckpointError: a value of a field, or one inside it, is such.
+    """
+    pending = [(name, name, 0) for name in values] + [(name, value, 0) for name, value in values.items()]
+    while pending:
+        name, value, depth = pending.pop()
+        problem = ""
+        if isinstance(value, float) and not math.isfinite(value):
+            problem = f"holds {value}, not a finite number"
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            problem = "holds half of a surrogate pair, which is no character"
+        elif depth > _MAX_DEPTH:
+            problem = f"is nested more than {_MAX_DEPTH} deep"
+        if problem:
+            raise CheckpointError(f"{where}: {_short(name)} {problem}; correct the file")
+        if isinstance(value, Mapping):
+            pending += [(name, inner, depth + 1) for pair in value.items() for inner in pair]
+        elif isinstance(value, list):
+            pending += [(name, inner, depth + 1) for inner in value]
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 def _short(value: Any) -> str:

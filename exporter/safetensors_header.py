@@ -17,6 +17,8 @@ from typing import Any
 from qwenforge.errors import CheckpointError
 
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 8
+_MAX_NAME = 1000
 _AGAIN = "the file is damaged, download it again"
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -84,11 +86,13 @@ def read_header(path: Path) -> SafetensorsHeader:
 
 
 def _refuse_other_formats(path: Path, start: bytes, size: int) -> None:
+    if start[8:9] == b"{":
+        return  # a header of 640 bytes begins like a pickle
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' or download the file")
     if start.startswith(b"GGUF"):
         raise CheckpointError(f"{path} is a GGUF file: give the original safetensors checkpoint instead")
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise CheckpointError(f"{path} is a PyTorch pickle, not safetensors: convert it with save_pretrained first")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise CheckpointError(f"{path} is a web page, not the weights: download the file itself")
@@ -101,7 +105,7 @@ def _parse(path: Path, header: bytes) -> Mapping[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) != len(names):
             repeated = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: the header lists {repeated!r} twice: {_AGAIN}")
+            raise CheckpointError(f"{path}: the header lists {_short(repeated)} twice: {_AGAIN}")
         return dict(pairs)
 
     try:
@@ -121,23 +125,25 @@ def _tensors(path: Path, header: Mapping[str, Any], data_start: int, size: int) 
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {_short(name)}"
+    if len(name) > _MAX_NAME:
+        raise CheckpointError(f"{where} has a name of {len(name)} characters: {_AGAIN}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"{where} lacks dtype, shape or data_offsets in the header: {_AGAIN}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}: {_AGAIN}")
-    if not _is_naturals(shape):
-        raise CheckpointError(f"{where} has the impossible shape {shape!r}: {_AGAIN}")
+        raise CheckpointError(f"{where} has the unknown dtype {_short(dtype)}: {_AGAIN}")
+    if not _is_naturals(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(f"{where} has the impossible shape {_short(shape)}: {_AGAIN}")
     if not _is_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has impossible data offsets {offsets!r}: {_AGAIN}")
+        raise CheckpointError(f"{where} has impossible data offsets {_short(offsets)}: {_AGAIN}")
     begin, end = offsets
     if data_start + end > size:
         raise CheckpointError(
             f"{where} should end at byte {data_start + end} but the file has {size} bytes: it is truncated, download "
             "it again"
         )
-    needed = math.ceil(math.prod(shape) * _BITS[dtype] / 8)
+    needed = (math.prod(shape) * _BITS[dtype] + 7) // 8
     if end - begin != needed:
         raise CheckpointError(
             f"{where} of shape {shape} and dtype {dtype} needs {needed} bytes but the header gives it {end - begin}: "
@@ -159,6 +165,11 @@ def _check_layout(path: Path, tensors: list[StoredTensor], data_start: int, size
         position, previous = tensor.offset + tensor.length, tensor.name
     if position != size:
         raise CheckpointError(f"{path}: {size - position} bytes at the end belong to no tensor: {_AGAIN}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _is_naturals(value: Any) -> bool:

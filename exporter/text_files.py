@@ -6,13 +6,13 @@ They are only copied into a bundle, but a damaged one is refused before minutes 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwenforge.errors import CheckpointError
 from qwenforge.exporter.checkpoint_files import inside, read_json_object
+from qwenforge.exporter.config_fields import Fields, check_values
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -39,7 +39,11 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     if TOKENIZER in files:
         _check_tokenizer(folder / TOKENIZER, files[TOKENIZER])
     if CHAT_TEMPLATE in files:
-        _check_template(folder / CHAT_TEMPLATE, files[CHAT_TEMPLATE].read_text(encoding="utf-8", errors="replace"))
+        try:
+            template = files[CHAT_TEMPLATE].read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{folder / CHAT_TEMPLATE} is not UTF-8 text ({error}): download it again") from error
+        _check_template(folder / CHAT_TEMPLATE, template)
     return files
 
 
@@ -50,16 +54,14 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
         CheckpointError: it is damaged, holds NaN or infinity, or a token number that is none.
     """
     path = folder / GENERATION_CONFIG
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return {}
     config = read_json_object(inside(folder, GENERATION_CONFIG, named_by=str(folder)))
-    for name, value in config.items():
-        tokens = value if isinstance(value, list) else [value]
-        if name in ("eos_token_id", "bos_token_id", "pad_token_id") and value is not None:
-            if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in tokens):
-                raise CheckpointError(f"{path}: {name!r} must be a token number, not {value!r}; correct the file")
-        elif any(isinstance(number, float) and not math.isfinite(number) for number in tokens):
-            raise CheckpointError(f"{path}: {name!r} is {value}, not a finite number; correct the file")
+    check_values(config, str(path))
+    fields = Fields(config, str(path))
+    fields.tokens("eos_token_id")
+    for name in ("bos_token_id", "pad_token_id"):
+        fields.token(name)
     return config
 
 
@@ -70,9 +72,11 @@ def _check_tokenizer(shown: Path, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
         if not isinstance(json.loads(text), dict):
             raise ValueError("no JSON object")
-        tokenizers.Tokenizer.from_str(text)
-    # tokenizers raises bare Exception for what it cannot parse; the cause stays chained.
-    except Exception as error:
+        tokenizers.Tokenizer.from_str(text).encode("x")  # some damage shows only in use
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # tokenizers raises bare Exception for what it cannot parse, and Rust's panics are no Exception; the cause stays.
+    except BaseException as error:
         raise CheckpointError(f"{shown} cannot be read as a tokenizer ({error}): download it again") from error
 
 
@@ -82,6 +86,8 @@ def _check_template(shown: Path, template: str) -> None:
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateError as error:
-        if "unknown tag" in str(error):
+        if f"{error.message}".startswith("Encountered unknown tag 'generation'"):
             return  # transformers has tags of its own; whether the runtime can do without shows when it is used
-        raise CheckpointError(f"{shown} holds no valid chat template ({error}): download it again") from error
+        raise CheckpointError(f"{shown} holds no valid chat template ({error.message}): download it again") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{shown} is nested too deeply for a chat template: download it again") from error

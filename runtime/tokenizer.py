@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +31,7 @@ class Tokenizer:
         chat_template: the jinja template; None takes ``config["chat_template"]`` if that is a string.
 
     Raises:
-        BundleError: the file cannot be read.
+        BundleError: the file cannot be read; raised by the methods too where only its use shows the damage.
     """
 
     def __init__(
@@ -39,11 +40,8 @@ class Tokenizer:
         import tokenizers
 
         self.path = Path(path)
-        try:
+        with self._named_failures("cannot read the tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_str(self.path.read_text(encoding="utf-8"))
-        # tokenizers raises bare Exception for a file it cannot parse; the cause stays chained.
-        except Exception as error:
-            raise BundleError(f"{self.path}: cannot read the tokenizer ({error}); export the bundle again") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._config = dict(config or {})
@@ -63,11 +61,13 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is not valid Unicode at character {error.start}: give UTF-8") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._named_failures("the tokenizer cannot encode the text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        with self._named_failures("the tokenizer cannot decode the tokens"):
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def token_id(self, text: str) -> int | None:
         """The id of the token spelled ``text``, or None."""
@@ -78,7 +78,7 @@ class Tokenizer:
         """The prompt text for ``messages``, ready for the assistant's answer.
 
         Raises:
-            UserError: there is no chat template, or it rejects the messages.
+            UserError: there is no chat template, it is damaged, or it rejects the messages.
         """
         import jinja2
 
@@ -88,11 +88,29 @@ class Tokenizer:
             template = _environment().from_string(self._template)
             return str(template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens))
         except jinja2.TemplateError as error:
-            raise UserError(f"{self.path.parent}: the chat template rejects the messages: {error}") from error
+            raise UserError(
+                f"{self.path.parent}: the chat template rejects the messages: {_one_line(error)}; change the messages "
+                "or give the text with --prompt instead"
+            ) from error
+        # A template is a program: it can divide by zero, recurse without end or ask for more memory than there is.
+        except Exception as error:
+            raise UserError(
+                f"{self.path.parent}: the chat template fails ({_one_line(error)}); give the text with --prompt instead"
+            ) from error
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of :meth:`render_chat`, whose template writes every special token itself."""
         return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    @contextmanager
+    def _named_failures(self, what: str) -> Iterator[None]:
+        """Turn what tokenizers raises on a damaged file, bare Exception and Rust's panics, into BundleError."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            raise BundleError(f"{self.path}: {what} ({_one_line(error)}); export the bundle again") from error
 
 
 class IncrementalDecoder:
@@ -129,6 +147,10 @@ class IncrementalDecoder:
         piece = after[len(before) :]
         self._context, self._pending = self._pending, []
         return piece
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _token_text(value: object) -> str | None:

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 sys.stdout.flush()
     except UserError as error:
-        print(f"qwenforge: error: {error}", file=sys.stderr)
+        # A path or a library's message may hold line ends.
+        print(f"qwenforge: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
     except ModuleNotFoundError as error:
         if error.name not in _OPTIONAL:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import qwenforge
+from qwenforge.bundle import Bundle
 from qwenforge.engine.export import export_checkpoint
 from qwenforge.engine.threads import single_threaded_torch
 from support.checkpoints import make_checkpoint
@@ -128,3 +129,17 @@ def test_tied_configuration_with_another_head_stored_is_untied(tmp_path: Path) -
     prompts = _prompts(320)
     result = qwenforge.load(report.bundle).generate(prompts, max_new_tokens=4, temperature=0.0, ignore_eos=True)
     assert result.tokens == [tokens[:4] for tokens in _expected(folder, prompts)]
+
+
+def test_special_tokens_beyond_the_vocabulary_are_left_out(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", "qwen2", num_hidden_layers=1)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [151645, 257], "pad_token_id": 151643}))
+    report = export_checkpoint(folder, tmp_path / "bundle")
+    bundle = Bundle.open(report.bundle)
+    assert bundle.manifest.eos_token_ids == (257,) and bundle.manifest.pad_token_id is None
+    assert bundle.generation_config["eos_token_id"] == [257]
+    path.write_text(json.dumps({"eos_token_id": 151645}))
+    report = export_checkpoint(folder, tmp_path / "bundle")
+    assert Bundle.open(report.bundle).manifest.eos_token_ids == ()
+    qwenforge.load(report.bundle).generate("x", max_new_tokens=2)

@@ -28,11 +28,11 @@ DAMAGE = {
     "generation_config.json": [
         ("{", "cannot be read as JSON"),
         ("[]", "must hold a JSON object"),
-        ('{"eos_token_id": "x"}', "'eos_token_id' must be a token number, not 'x'"),
+        ('{"eos_token_id": "x"}', "'eos_token_id' must be a token number or a list of them, not 'x'"),
         ('{"eos_token_id": [1, -1]}', "'eos_token_id' must be a token number"),
         ('{"pad_token_id": true}', "'pad_token_id' must be a token number"),
-        ('{"temperature": NaN}', "'temperature' is nan, not a finite number"),
-        ('{"top_p": Infinity}', "'top_p' is inf, not a finite number"),
+        ('{"temperature": NaN}', "'temperature' holds nan, not a finite number"),
+        ('{"top_p": Infinity}', "'top_p' holds inf, not a finite number"),
     ],
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qwenforge.engine.planning.known_models import KNOWN_MODELS
 from support.source_tree import ROOT, STAGES, module_names, python_files
 
 
@@ -46,7 +47,12 @@ def test_wheel_is_marked_as_typed(contents: set[str]) -> None:
 def test_wheel_holds_no_native_source_and_no_tool_settings(contents: set[str]) -> None:
     packaged = {name for name in contents if ".dist-info/" not in name}
     assert {name.partition("/")[0] for name in packaged} == {"qwenforge"}
-    assert {Path(name).suffix for name in packaged} <= {".py", ".typed", ".jinja"}
+    assert {Path(name).suffix for name in packaged} <= {".py", ".typed", ".jinja", ".json"}
+
+
+def test_wheel_holds_the_configurations_of_known_models(contents: set[str]) -> None:
+    packaged = {Path(name).stem for name in contents if Path(name).suffix == ".json"}
+    assert packaged == set(KNOWN_MODELS)
 
 
 def test_wheel_holds_the_licence(contents: set[str]) -> None:
