@@ -64,9 +64,14 @@ def _open_bundle(path: Path, verify: Any) -> Bundle | None:
     from qwenforge.bundle import Bundle
     from qwenforge.errors import BundleError
 
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        reason = f"cannot be reached ({error.strerror})"
+        raise BundleError(f"{str(path)[:200]} {reason}; give a bundle folder or an ONNX file") from error
+    if is_folder:
         return Bundle.open(path, verify=verify)
-    if not path.exists():
+    if not exists:
         raise BundleError(f"{path} does not exist; give a bundle folder or an ONNX file")
     return None
 

@@ -51,3 +51,8 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as leaving:
         main(["inspect", *arguments])
     assert leaving.value.code == 2 and capsys.readouterr().out == ""
+
+
+def test_path_that_no_file_can_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "a" * 5000]) == 1
+    assert "cannot be reached (File name too long)" in capsys.readouterr().err
