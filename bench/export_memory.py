@@ -157,7 +157,8 @@ def run_export(checkpoint: Path, bundle: Path, options: Sequence[str]) -> Export
     return ExportRun(
         wall_seconds=end - start,
         stage_seconds=report["seconds"],
-        peak_rss_bytes=max(peak, watch.peak_bytes),
+        # The kernel counts by thread and adds up now and then: its own maximum can lag behind a sample.
+        peak_rss_bytes=max(peak, watch.peak_bytes, *(size for _, size in watch.samples)),
         stage_peak_rss_bytes=_peaks(watch.samples, report["seconds"], end),
         report={name: value for name, value in report.items() if name not in ("bundle", "seconds", "rules")},
     )
