@@ -21,8 +21,8 @@ import numpy as np
 from qwenforge.bench.circumstances import circumstances
 from qwenforge.bench.geometries import GEOMETRIES, write_checkpoint
 from qwenforge.bench.latency import Spread
+from qwenforge.bench.measured_process import MeasuredProcess
 from qwenforge.bench.peers import genai
-from qwenforge.bench.peers.process import MeasuredProcess
 from qwenforge.bench.report_file import check_report_file, write_report
 from qwenforge.errors import UserError
 

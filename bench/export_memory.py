@@ -23,11 +23,11 @@ from typing import Any
 from qwenforge.bench.circumstances import circumstances
 from qwenforge.bench.geometries import GEOMETRIES, tensor_shapes, write_checkpoint
 from qwenforge.bench.report_file import check_report_file, write_report
+from qwenforge.engine.planning.plan import EXPORT_FIXED_BYTES
 from qwenforge.errors import UserError
 
 EXAMPLE = "python -m qwenforge.bench.export_memory --geometry 1.5b --work /tmp/export-memory --json memory.json"
-FIXED_BYTES = 1_200_000_000
-"""What an export may take besides twice its largest tensor."""
+FIXED_BYTES = EXPORT_FIXED_BYTES
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2}
 
 _SAMPLE_SECONDS = 0.02

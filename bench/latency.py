@@ -6,18 +6,16 @@ all of them. The first runs warm up and are not counted.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from qwenforge.errors import UserError
+from qwenforge.bench.measured_process import MeasuredProcess
 
 WARM_UP_RUNS = 1
 
@@ -130,57 +128,22 @@ def _summary(description: str, runs: list[list[float]], workload: Workload, peak
     )
 
 
-class _Workers:
-    """The subjects' processes."""
+class _Workers(ExitStack):
+    """The subjects' processes; they end with the context."""
 
     def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[str]] = []
+        super().__init__()
+        self._processes: list[MeasuredProcess] = []
         self.descriptions: list[str] = []
 
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-
     def start(self, spec: SubjectSpec) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qwenforge.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # an interrupt from the keyboard is for us alone, who then kill the workers
-        )
+        command = [sys.executable, "-m", "qwenforge.bench.worker"]
+        process = self.enter_context(MeasuredProcess(command, spec.name, spec.arguments))
         self._processes.append(process)
-        ready = self._ask(process, {"subject": spec.name, "arguments": spec.arguments})
-        self.descriptions.append(ready["description"])
+        self.descriptions.append(process.description)
 
     def run(self, index: int, workload: Workload, *, seed: int) -> dict[str, Any]:
-        return self._ask(
-            self._processes[index],
-            {
-                "prompt_tokens": workload.prompt_tokens,
-                "new_tokens": workload.new_tokens,
-                "batch": workload.batch,
-                "seed": seed,
-            },
+        times, peak = self._processes[index].run(
+            prompt_tokens=workload.prompt_tokens, new_tokens=workload.new_tokens, batch=workload.batch, seed=seed
         )
-
-    def _ask(self, process: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise RuntimeError(f"the measured process ended with exit code {process.wait()}; its error is above")
-        result: dict[str, Any] = json.loads(line)
-        if "error" in result:
-            raise UserError(str(result["error"]))
-        return result
+        return {"times": times, "peak_rss_bytes": peak}

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from qwenforge.bench.measured_process import high_water_mark
+
 
 def main() -> int:
     """Serve runs until standard input ends."""
@@ -52,14 +54,10 @@ def main() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far.
-
-    On Linux the kernel's high-water mark: what ``getrusage`` tells is at least the parent's peak, which is inherited.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    """Largest resident memory of this process so far."""
+    peak = high_water_mark("self")
+    if peak is not None:
+        return peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -25,7 +25,7 @@ CONTEXT_BYTES = 0.6 * GB
 """CUDA context and loaded kernels on a device."""
 SYSTEM_BYTES = 1.5 * GB
 """What a headless Linux takes of a memory that CPU and GPU share."""
-EXPORT_FIXED_BYTES = 1.2 * GB
+EXPORT_FIXED_BYTES = 1_200_000_000
 """An export's memory besides twice its largest tensor."""
 BUILDER_BYTES = 3 * GB
 """A TensorRT builder's own memory, kernels and tactics included; an estimate."""

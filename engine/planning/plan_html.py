@@ -8,7 +8,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from qwenforge.engine.planning.plan import Plan
-from qwenforge.errors import UserError
 
 _WIDTH = 640
 _COLORS = (("weights", "#4269d0"), ("KV cache", "#efb118"), ("workspace", "#6cc5b0"))
@@ -23,22 +22,15 @@ class Bar:
     label: str
 
 
-def write_page(path: Path, name: str, plan: Plan) -> None:
-    """Write the page to ``path``; raises UserError when that is impossible."""
+def render_page(name: str, plan: Plan) -> str:
+    """The page for ``plan`` of the model ``name``."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     scale = _WIDTH / max(plan.usable_bytes, *(recipe.device_bytes for recipe in plan.recipes))
-    page = environment.get_template("plan.html.jinja").render(
+    return environment.get_template("plan.html.jinja").render(
         name=name, plan=plan, bars=_bars(plan, scale), colors=_COLORS, width=_WIDTH, limit=plan.usable_bytes * scale
     )
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}); choose another file.") from error
 
 
 def _bars(plan: Plan, scale: float) -> list[Bar]:

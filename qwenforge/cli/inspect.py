@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenforge.cli.arguments import add_json
 from qwenforge.cli.base import EXIT_DONE, Command
+from qwenforge.cli.pages import write_page
 
 if TYPE_CHECKING:
     from qwenforge.bundle import Bundle
@@ -52,7 +53,7 @@ class InspectCommand(Command):
             from qwenforge.engine.inspection_html import render_page
 
             manifest = bundle.manifest if bundle is not None else None
-            _write(args.html, render_page(report, layers, manifest=manifest, before=_layer_before(bundle)))
+            write_page(args.html, render_page(report, layers, manifest=manifest, before=_layer_before(bundle)))
         if args.json:
             print(json.dumps(_as_json(report, bundle), indent=1))
         else:
@@ -83,15 +84,6 @@ def _layer_before(bundle: Bundle | None) -> list[DrawnNode]:
     if bundle is None or LAYER_BEFORE not in bundle.manifest.files:
         return []
     return nodes_of_record(bundle.read_json(LAYER_BEFORE))
-
-
-def _write(path: Path, text: str) -> None:
-    from qwenforge.errors import UserError
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give --html a file in a writable folder") from error
 
 
 def _as_json(report: Inspection, bundle: Bundle | None) -> dict[str, Any]:

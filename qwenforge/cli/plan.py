@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenforge.cli.arguments import add_json, positive_int
 from qwenforge.cli.base import EXIT_DONE, EXIT_USER_ERROR, Command
+from qwenforge.cli.pages import write_page
 from qwenforge.devices import DEVICES
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ class PlanCommand(Command):
         workload = Workload(args.max_length, args.max_batch, args.prompt_tokens, args.kv_cache)
         plan = make_plan(config, get_device(args.device), workload, tensorrt=args.tensorrt)
         if args.html is not None:
-            from qwenforge.engine.planning.plan_html import write_page
+            from qwenforge.engine.planning.plan_html import render_page
 
-            write_page(args.html, name, plan)
+            write_page(args.html, render_page(name, plan))
         if args.json:
             print(json.dumps(as_json(name, plan), indent=1))
         else:

@@ -9,8 +9,8 @@ import pytest
 
 from qwenforge.bench import against_peers
 from qwenforge.bench.against_peers import Figures, main
+from qwenforge.bench.measured_process import MeasuredProcess
 from qwenforge.bench.peers import genai
-from qwenforge.bench.peers.process import MeasuredProcess
 from qwenforge.errors import UserError
 
 WORKER = """

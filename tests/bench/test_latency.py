@@ -102,7 +102,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
         processes.append(start(*args, **options))
         return processes[-1]
 
-    monkeypatch.setattr(latency.subprocess, "Popen", remember)
+    monkeypatch.setattr(subprocess, "Popen", remember)
     return processes
 
 

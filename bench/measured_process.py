@@ -12,6 +12,18 @@ from typing import Any
 from qwenforge.errors import UserError
 
 
+def high_water_mark(process: int | str) -> int | None:
+    """Largest resident memory so far, in bytes, of the process with this number or ``self``; None without /proc.
+
+    What a process finds by ``getrusage`` on Linux is at least its parent's peak, which it inherits.
+    """
+    status = Path(f"/proc/{process}/status")
+    if not status.is_file():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 class MeasuredProcess:
     """Starts a worker that speaks the protocol of :mod:`qwenforge.bench.worker`; ends it on leaving the context.
 
@@ -20,6 +32,9 @@ class MeasuredProcess:
         subject: its name.
         arguments: what the worker needs to load the engine.
 
+    Attributes:
+        description: of the loaded engine, in the worker's words.
+
     Raises:
         UserError: the engine cannot be loaded.
     """
@@ -27,35 +42,29 @@ class MeasuredProcess:
     def __init__(self, command: Sequence[str | Path], subject: str, arguments: dict[str, Any]) -> None:
         self.subject = subject
         self._process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(part) for part in command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # an interrupt from the keyboard is for us alone, who then kill the worker
         )
         try:
-            self._ask({"subject": subject, "arguments": arguments})
+            self.description = str(self._ask({"subject": subject, "arguments": arguments})["description"])
         except BaseException:
             self.close()
             raise
 
-    def run(self, *, prompt_tokens: int, new_tokens: int, seed: int) -> tuple[list[float], int]:
-        """One run of one prompt.
+    def run(self, *, prompt_tokens: int, new_tokens: int, seed: int, batch: int = 1) -> tuple[list[float], int]:
+        """One run of ``batch`` prompts.
 
         Returns:
             ``new_tokens + 1`` times in seconds (the start, then when each token was known), and the largest resident
             memory of the process so far in bytes.
         """
-        request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": 1, "seed": seed}
+        request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "seed": seed}
         answer = self._ask(request)
-        return [float(time) for time in answer["times"]], self._peak_rss_bytes(int(answer["peak_rss_bytes"]))
-
-    def _peak_rss_bytes(self, reported: int) -> int:
-        """The kernel's own high-water mark; ``reported`` where there is none.
-
-        What a worker finds by ``getrusage`` on Linux is at least its parent's peak, which it inherits.
-        """
-        status = Path(f"/proc/{self._process.pid}/status")
-        if not status.is_file():
-            return reported
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+        peak = high_water_mark(self._process.pid) or int(answer["peak_rss_bytes"])
+        return [float(time) for time in answer["times"]], peak
 
     def close(self) -> None:
         """End the process."""
