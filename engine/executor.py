@@ -15,7 +15,9 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.engine.free_memory import give_back_freed_memory
+from qwenforge.engine.weight_inputs import attach_weight_inputs
 from qwenforge.graph_passes.execution import upcast_to_float32
+from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
 from qwenforge.graph_passes.segments import split_by_layer
 
 Array = npt.NDArray[np.generic]
@@ -23,6 +25,9 @@ Array = npt.NDArray[np.generic]
 
 class StepExecutor:
     """An ONNX model in the in-place form, with its caches, called like :class:`~qwenforge.engine.reference.Reference`.
+
+    Nodes that ONNX Runtime has no kernels for, TensorRT's and our plugins', run from their reference bodies. Weights
+    that are inputs of the graph come from the bundle's file of weights.
 
     Args:
         path: ``model.onnx`` beside its data file.
@@ -36,6 +41,8 @@ class StepExecutor:
 
     def __init__(self, path: Path, *, batch: int, capacity: int, whole: bool, upcast: bool = False) -> None:
         model = ir.load(path)  # locations stay relative, as ONNX Runtime wants them; no value is read
+        changed = attach_weight_inputs(model, path.parent)
+        changed = expand_target_nodes(model) or changed or upcast
         if upcast:
             upcast_to_float32(model, cast_weights_in_graph=True)
         self.rotary_is_rounded = any(
@@ -50,7 +57,7 @@ class StepExecutor:
                 shape = (batch, int(value.shape[1]), capacity, int(value.shape[3]))  # type: ignore[arg-type]
                 self._caches[value.name] = np.zeros(shape, value.dtype.numpy())
         self._pieces: list[ir.Model] = [] if whole else split_by_layer(model)
-        self._session = (self._saved(model, "whole") if upcast else _session(path)) if whole else None
+        self._session = (self._saved(model, "whole") if changed else _session(path)) if whole else None
 
     def __call__(
         self,

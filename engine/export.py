@@ -17,35 +17,45 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.bundle_writer import BundleWriter
+from qwenforge.engine.bundle_readme import tensorrt_readme
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.verification import VerificationReport, verify
 from qwenforge.errors import UnsupportedError, UserError
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.external_data import link_checkpoint_files, save_model
 from qwenforge.exporter.instantiate import instantiate
+from qwenforge.exporter.safetensors_writer import write_safetensors
 from qwenforge.exporter.trace import TracedModel, trace
 from qwenforge.graph_passes.lower import lower
+from qwenforge.graph_passes.lower.tensorrt_signature import split_weight_inputs
 from qwenforge.graph_passes.pipeline import Step, optimize
 from qwenforge.manifest import (
+    ENGINE_WEIGHTS,
     GENERATION_CONFIG,
     LAYER_BEFORE,
     MODEL_NAME,
+    README,
     TOKENIZER,
     BundleFacts,
     Geometry,
     Limits,
+    LoweringRecord,
     Source,
     TensorSpec,
     Verification,
 )
 from qwenforge.reference_logits import ReferenceLogits
 from qwenforge.targets import resolve_dtype
+from qwenforge.tensorrt_choice import TensorRTChoice, choose
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of it that is done, 0..1."""
 
 DEFAULT_MAX_LENGTH = 32768
 """Longest context of a bundle unless asked otherwise; the model's own limit when that is shorter."""
+TENSORRT_MAX_LENGTH = 4096
+TENSORRT_MAX_BATCH = 8
+"""A TensorRT engine's caches have this size from the start; asked otherwise with max_length and max_batch."""
 _TOOLS = ("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers")
 _DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -63,6 +73,7 @@ class ExportReport:
         linked_bytes: bytes of weights referred to in the checkpoint's files.
         seconds: wall time of each stage.
         verification: the comparison with transformers; None when it was turned off.
+        lowering: what a TensorRT graph was lowered for; None for other targets.
     """
 
     bundle: Path
@@ -74,6 +85,7 @@ class ExportReport:
     linked_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
     verification: VerificationReport | None = None
+    lowering: LoweringRecord | None = None
 
 
 def export_checkpoint(
@@ -87,6 +99,7 @@ def export_checkpoint(
     max_batch: int | None = None,
     verify_result: bool = True,
     verify_passes: bool = False,
+    choice: TensorRTChoice | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export ``checkpoint`` to the bundle folder ``output``.
@@ -94,14 +107,15 @@ def export_checkpoint(
     Args:
         checkpoint: a Hugging Face folder (config.json, safetensors, tokenizer files).
         output: the bundle; replaced atomically if it is one already.
-        target: ``ort-cpu`` or ``portable``.
+        target: one of ``qwenforge.targets``.
         dtype: ``fp32``, ``fp16`` or ``bf16``; by default what the target runs best.
         weights: ``copy`` streams them into the bundle, ``link`` refers to the checkpoint's bytes where the layout
             and dtype are the same.
-        max_length: longest context; by default the model's own limit, at most 32768.
-        max_batch: largest batch, recorded in the manifest; None for any.
+        max_length: longest context; by default the model's own limit, at most 32768, and 4096 for TensorRT.
+        max_batch: largest batch, recorded in the manifest; None for any, and for 8 with TensorRT.
         verify_result: compare with transformers before the bundle appears.
         verify_passes: also compare the graph before and after every pass.
+        choice: how to lower for TensorRT (``tensorrt_choice.choose``); needed for its targets only.
         progress: told what is going on.
 
     Raises:
@@ -109,10 +123,16 @@ def export_checkpoint(
     """
     clock = _Clock(progress)
     source = Checkpoint.open(Path(checkpoint))
-    chosen = resolve_dtype(target, dtype)
-    length = _context_length(source, max_length)
+    if choice is None:
+        choice = choose(target)
+    chosen = resolve_dtype(target, dtype, choice.device if choice is not None else None)
+    length = _context_length(source, max_length, DEFAULT_MAX_LENGTH if choice is None else TENSORRT_MAX_LENGTH)
+    if choice is not None and max_batch is None:
+        max_batch = TENSORRT_MAX_BATCH
     if weights not in ("copy", "link"):
         raise UserError(f"--weights is copy or link, not {weights}.")
+    if weights == "link" and choice is not None:
+        raise UserError(f"--weights link does not go with --target {target}, which packs the weights; leave it out.")
     with BundleWriter(output) as writer:
         clock.start("trace")
         traced = trace(source, _DTYPES[chosen])
@@ -123,13 +143,19 @@ def export_checkpoint(
         clock.start("instantiate")
         portable = instantiate(result.model, traced, source)
         clock.start("lower")
-        final = lower(portable, target, weights=weights)
+        final = lower(portable, target, weights=weights, choice=choice, capacity=length if choice is not None else None)
+        bound = split_weight_inputs(final) if choice is not None and choice.weights_as == "inputs" else {}
+        weight_inputs = tuple(_spec(value) for value in final.graph.inputs if value.name in bound)
         clock.start("write weights")
         links = (
             link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
         )
         saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
         _drop_unused_links(writer.directory, saved.linked_bytes, links)
+        written = [saved.data] if saved.data is not None else []
+        if bound:
+            path = writer.directory / ENGINE_WEIGHTS
+            written.append(write_safetensors(path, bound, progress=clock.bytes_done))
         report = None
         if verify_result:
             clock.start("verify against transformers")
@@ -149,19 +175,28 @@ def export_checkpoint(
         writer.add_json(GENERATION_CONFIG, _generation_config(source))
         _add_accuracy(writer, chosen, report)
         facts = _facts(source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report)
-        hashes = {saved.data.path.name: saved.data.sha256} if saved.data else {}
-        bundle = writer.commit(facts, known_sha256=hashes)
+        if choice is not None:
+            facts = facts.model_copy(update={"lowering": _lowering(choice, final), "weight_inputs": weight_inputs})
+            writer.add_text(README, tensorrt_readme(facts))
+        bundle = writer.commit(facts, known_sha256={file.path.name: file.sha256 for file in written})
     return ExportReport(
         bundle=bundle,
         target=target,
         dtype=chosen,
         steps=result.steps,
         nodes=final.graph.num_nodes(),
-        data_bytes=saved.data.bytes if saved.data else 0,
+        data_bytes=sum(file.bytes for file in written),
         linked_bytes=saved.linked_bytes,
         seconds=clock.finish(),
         verification=report,
+        lowering=facts.lowering,
     )
+
+
+def _lowering(choice: TensorRTChoice, model: ir.Model) -> LoweringRecord:
+    operators = {node.op_type for node in model.graph}
+    mixed = choice.attention == "native" and "QwenForgeAttention" in operators
+    return choice.record(routed=bool(operators & {"QwenForgeMoE", "TRT_MoE"}), mixed=mixed)
 
 
 class _Clock:
@@ -196,10 +231,10 @@ class _Clock:
             self._progress(what, fraction)
 
 
-def _context_length(source: Checkpoint, asked: int | None) -> int:
+def _context_length(source: Checkpoint, asked: int | None, default: int) -> int:
     limit = source.config.max_position_embeddings
     if asked is None:
-        return min(limit, DEFAULT_MAX_LENGTH)
+        return min(limit, default)
     if asked < 16:
         raise UserError(f"--max-length is {asked}; a context needs at least 16 tokens.")
     if asked > limit:

@@ -128,19 +128,20 @@ class Slice(Transform):
 
 @dataclass(frozen=True)
 class Interleave(Transform):
-    """The two halves of an axis alternated: a0..an b0..bn becomes a0 b0 a1 b1 .. an bn."""
+    """The two halves of an axis alternated, ``block`` elements at a time: with 1, a0..an b0..bn -> a0 b0 .. an bn."""
 
     axis: int
+    block: int = 1
 
     def shape(self, sources: Sequence[Dims]) -> Dims:
         (source,) = sources
-        if not 0 <= self.axis < len(source) or source[self.axis] % 2:
+        if not 0 <= self.axis < len(source) or source[self.axis] % (2 * self.block):
             raise ValueError(f"cannot interleave the halves of axis {self.axis} of shape {list(source)}")
         return source
 
     def apply(self, sources: Sequence[Array]) -> Array:
         (source,) = sources
-        split = source.reshape(*source.shape[: self.axis], 2, -1, *source.shape[self.axis + 1 :])
+        split = source.reshape(*source.shape[: self.axis], 2, -1, self.block, *source.shape[self.axis + 1 :])
         alternated: Array = split.swapaxes(self.axis, self.axis + 1).reshape(source.shape)
         return alternated
 

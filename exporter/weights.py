@@ -200,18 +200,19 @@ def slice_(tensor: ir.TensorProtocol, axis: int, start: int, end: int) -> ir.Ten
     return DerivedTensor(Slice(axis, start, end), [tensor])
 
 
-def interleave_rows(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def interleave_rows(tensor: ir.TensorProtocol, block: int = 1) -> ir.TensorProtocol:
     """The two halves of the next-to-last axis alternated: [.., 2I, C] gate rows then up rows -> gate 0, up 0, gate 1...
 
-    This is the row order ONNX Runtime's MoE wants for fused SwiGLU weights.
+    With ``block`` 1 this is the row order ONNX Runtime's MoE wants for fused SwiGLU weights; with 8, 8 rows of the gate
+    and the 8 of up that belong to them take turns, as in the packed weights of our own plugin.
     """
     axis = len(dims(tensor)) - 2
     if isinstance(tensor, DerivedTensor):
         if isinstance(tensor.transform, Cast):
-            return cast(interleave_rows(tensor.sources[0]), tensor.transform.to)
+            return cast(interleave_rows(tensor.sources[0], block), tensor.transform.to)
         if isinstance(tensor.transform, Stack) and tensor.transform.axis == 0 and axis >= 1:
-            return stack([interleave_rows(source) for source in tensor.sources], 0)
-    return DerivedTensor(Interleave(axis), [tensor])
+            return stack([interleave_rows(source, block) for source in tensor.sources], 0)
+    return DerivedTensor(Interleave(axis, block), [tensor])
 
 
 def cast(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
@@ -260,8 +261,8 @@ def _substitute(
             return reshape(sources[0], shape)
         case Slice(axis, start, end):
             return slice_(sources[0], axis, start, end)
-        case Interleave(axis) if axis == len(dims(sources[0])) - 2:
-            return interleave_rows(sources[0])
+        case Interleave(axis, block) if axis == len(dims(sources[0])) - 2:
+            return interleave_rows(sources[0], block)
         case _:
             return DerivedTensor(tensor.transform, sources)
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from qwenforge.errors import GraphError
 from qwenforge.exporter.transforms import Cast
 from qwenforge.exporter.weights import DerivedTensor
+from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
 
 Array = npt.NDArray[Any]
 
@@ -39,7 +40,7 @@ class Executable:
     """A model loaded in ONNX Runtime.
 
     Args:
-        model: the model; it is not changed.
+        model: the model; it is not changed. Nodes of TensorRT and of our plugins run from their reference bodies.
         upcast: compute in fp32 what the graph computes in fp16 or bf16. bf16 has no CPU kernels in ONNX Runtime, so
             that only the upcast graph can be run: it shows that two graphs are the same function, not how they round.
 
@@ -51,6 +52,7 @@ class Executable:
         import onnxruntime
 
         copy = model.clone()
+        expand_target_nodes(copy)
         if upcast:
             upcast_to_float32(copy)
         options = onnxruntime.SessionOptions()

@@ -181,6 +181,16 @@ def tag(node: ir.Node, rule: str) -> ir.Node:
     return node
 
 
+def replace_node(model: ir.Model, old: ir.Node, new_nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
+    """Put ``new_nodes`` in the place of ``old``; ``outputs`` take over its outputs' names, shapes, types and users."""
+    model.graph.insert_before(old, new_nodes)
+    for before, after in zip(old.outputs, outputs, strict=True):
+        after.shape, after.type = before.shape, before.type
+        after.name, before.name = before.name, None
+        before.replace_all_uses_with(after, replace_graph_outputs=True)
+    model.graph.remove(old, safe=True)
+
+
 def layer_scope(value: ir.Value | None) -> str:
     """``model.layers.3.`` when the value's name tells its layer, else an empty string."""
     import re

@@ -157,6 +157,7 @@ _CARRIES_CACHE = frozenset(
 _ATTENTION_CACHES: dict[tuple[str, str], dict[int, int]] = {
     (names.DOMAIN, "GroupedQueryAttention"): {1: 3, 2: 4},
     ("com.microsoft", "GroupQueryAttention"): {1: 3, 2: 4},
+    (names.DOMAIN, "QwenForgeAttention"): {1: 3, 2: 4},
     ("", "Attention"): {1: 4, 2: 5},
 }
 

@@ -27,6 +27,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 ACCURACY = "accuracy.json"
 LAYER_BEFORE = "layer_before.json"
+ENGINE_WEIGHTS = "weights.safetensors"
+README = "README.md"
 ENGINE = "engine.plan"
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 
@@ -40,6 +42,8 @@ RESERVED_NAMES = frozenset(
         GENERATION_CONFIG,
         ACCURACY,
         LAYER_BEFORE,
+        ENGINE_WEIGHTS,
+        README,
         ENGINE,
     }
 )
@@ -123,6 +127,25 @@ class Geometry(_Part):
     max_position_embeddings: Count | None = None
 
 
+class LoweringRecord(_Part):
+    """What a TensorRT graph was lowered for.
+
+    ``device`` is the name given to ``--device`` and ``sm`` its compute capability, both None for an engine of every
+    device that TensorRT for RTX supports; ``tensorrt`` is the oldest version whose parser takes the graph.
+    ``attention`` and ``moe`` tell whether layers of TensorRT or our plugins compute them. ``weights_as`` tells where
+    the weights are: in the engine, or in ``weights.safetensors``, to be bound as engine inputs. ``layout_version`` is
+    that of packed weights.
+    """
+
+    device: Word | None
+    sm: Count | None
+    tensorrt: Word
+    attention: Literal["native", "plugin", "mixed"]
+    moe: Literal["none", "native", "plugin"]
+    weights_as: Literal["constants", "inputs"]
+    layout_version: Count
+
+
 class FileRecord(_Part):
     """Size and hashes of a file; see ``qwenforge.digests`` for the sampled hash."""
 
@@ -181,6 +204,8 @@ class BundleFacts(_Part):
     eos_token_ids: tuple[TokenId, ...] = ()
     bos_token_id: TokenId | None = None
     pad_token_id: TokenId | None = None
+    lowering: LoweringRecord | None = None
+    weight_inputs: tuple[TensorSpec, ...] = ()
     engine: dict[str, JsonValue] | None = None
 
     @model_validator(mode="after")

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from qwenforge.devices import Device
 from qwenforge.errors import UnsupportedError
 
 DTYPES = ("fp32", "fp16", "bf16")
 """Precisions of weights and activations that an export can be asked for."""
+
+QUANTIZED = ("fp8", "int8", "int4")
+"""Precisions that are known and refused by name: a device that lacks one says so."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Target:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+_SIXTEEN_BITS = (
+    "engines compute in 16 bits, with fp32 inside norms, softmax and sums, and give fp32 logits; choose bf16 (what "
+    "Qwen's checkpoints are stored in) or fp16"
+)
 _TARGETS = (
     Target(
         name="ort-cpu",
@@ -41,6 +49,18 @@ _TARGETS = (
             "bf16": "ONNX Runtime has no bfloat16 kernels for these operators on a CPU; choose fp32 (it loses nothing "
             "of a bf16 checkpoint) or fp16, or --target portable"
         },
+    ),
+    Target(
+        name="tensorrt",
+        summary="TensorRT on an NVIDIA GPU: strongly typed, key/value cache in place, experts in our plugin",
+        dtypes=("bf16", "fp16"),
+        refused={"fp32": _SIXTEEN_BITS},
+    ),
+    Target(
+        name="tensorrt-rtx",
+        summary="TensorRT for RTX: the same, built ahead of time on a machine without a GPU",
+        dtypes=("bf16", "fp16"),
+        refused={"fp32": _SIXTEEN_BITS},
     ),
     Target(
         name="portable",
@@ -55,8 +75,6 @@ TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target
 PLANNED: Mapping[str, str] = MappingProxyType(
     {
         "ort-cuda": "ONNX Runtime on an NVIDIA GPU",
-        "tensorrt": "TensorRT on an NVIDIA GPU",
-        "tensorrt-rtx": "TensorRT for RTX, built ahead of time",
     }
 )
 """Targets of the design that are not built yet; asking for one is refused by name."""
@@ -81,16 +99,24 @@ def get(name: str) -> Target:
     raise UnsupportedError(f"unknown target {name!r}; use {choices}.")
 
 
-def resolve_dtype(target: str, dtype: str | None) -> str:
+def resolve_dtype(target: str, dtype: str | None, device: Device | None = None) -> str:
     """The precision to export in: ``dtype`` if ``target`` supports it, its default when ``dtype`` is None.
 
     Raises:
-        UnsupportedError: the target is not available or refuses the precision; the message gives the alternatives.
+        UnsupportedError: the target is not available, or it or ``device`` refuses the precision; the message gives the
+            alternatives.
     """
     chosen = get(target)
     if dtype is None:
         return chosen.dtypes[0]
     if dtype in chosen.dtypes:
         return dtype
+    if dtype in QUANTIZED:
+        if device is not None:
+            device.require_precision(dtype)
+        raise UnsupportedError(
+            f"--dtype {dtype} needs calibrated scales, and quantized exports are not built yet; choose "
+            f"{' or '.join(chosen.dtypes)}."
+        )
     reason = chosen.refused.get(dtype, f"it is none of {', '.join(DTYPES)}; choose {' or '.join(chosen.dtypes)}")
     raise UnsupportedError(f"target {target} does not support dtype {dtype}: {reason}.")

@@ -9,14 +9,19 @@ import onnx_ir as ir
 
 from qwenforge.errors import UnsupportedError
 from qwenforge.graph_passes.infra import FusionPass
+from qwenforge.tensorrt_choice import TensorRTChoice
 
 
-def lowering_rules(target: str, *, weights: str = "copy") -> list[FusionPass]:
+def lowering_rules(
+    target: str, *, weights: str = "copy", choice: TensorRTChoice | None = None, capacity: int | None = None
+) -> list[FusionPass]:
     """The rules that follow the portable ones for ``target``, in order; none for ``portable``.
 
     Args:
-        target: ``portable`` or ``ort-cpu``.
+        target: one of ``qwenforge.targets``.
         weights: ``link`` leaves every weight matrix as the checkpoint stores it, so that its bytes can be referred to.
+        choice: how to lower for TensorRT, needed for its targets.
+        capacity: the static cache capacity for TensorRT; None leaves it symbolic.
 
     Raises:
         UnsupportedError: there is no lowering for ``target``.
@@ -27,17 +32,31 @@ def lowering_rules(target: str, *, weights: str = "copy") -> list[FusionPass]:
         from qwenforge.graph_passes.lower.ort_cpu import ort_cpu_rules
 
         return ort_cpu_rules(weights=weights)
+    if choice is not None and choice.target == target:
+        from qwenforge.graph_passes.lower.tensorrt import tensorrt_rules
+
+        return tensorrt_rules(choice, capacity=capacity)
     from qwenforge import targets
 
     targets.get(target)
-    raise UnsupportedError(f"there is no lowering for target {target}; use portable or ort-cpu.")
+    raise UnsupportedError(f"the lowering for target {target} needs a device; give --device.")
 
 
-def lower(model: ir.Model, target: str, *, weights: str = "copy") -> ir.Model:
-    """Lower a portable model in place and return it; dead nodes, functions and initializers are dropped."""
+def lower(
+    model: ir.Model,
+    target: str,
+    *,
+    weights: str = "copy",
+    choice: TensorRTChoice | None = None,
+    capacity: int | None = None,
+) -> ir.Model:
+    """Lower a portable model in place and return it; dead nodes, functions and initializers are dropped.
+
+    The arguments are those of :func:`lowering_rules`.
+    """
     from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-    for rule in lowering_rules(target, weights=weights):
+    for rule in lowering_rules(target, weights=weights, choice=choice, capacity=capacity):
         rule(model)
         RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]

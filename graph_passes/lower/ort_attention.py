@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.graph_passes.functions import GROUPED_QUERY_ATTENTION
-from qwenforge.graph_passes.infra import FusionPass, constant, static_dim, tag
+from qwenforge.graph_passes.infra import FusionPass, constant, replace_node, static_dim, tag
 
 MICROSOFT = "com.microsoft"
 
@@ -89,12 +89,7 @@ class LowerAttention(FusionPass):
             name=node.name,
         )
         new_nodes.append(tag(attention, self.name))
-        model.graph.insert_before(node, new_nodes)
-        for old, new in zip(node.outputs, attention.outputs, strict=True):
-            new.name, new.shape, new.type = old.name, old.shape, old.type
-            old.name = None
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        replace_node(model, node, new_nodes, attention.outputs)
         model.graph.opset_imports[MICROSOFT] = 1
         self.matches += 1
 

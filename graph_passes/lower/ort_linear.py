@@ -12,7 +12,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qwenforge.exporter import weights
-from qwenforge.graph_passes.infra import FusionPass, add_initializer, tag
+from qwenforge.graph_passes.infra import FusionPass, add_initializer, replace_node, tag
 
 
 class MatMulByStoredWeight(FusionPass):
@@ -42,20 +42,28 @@ class TiedVocabularyProjection(FusionPass):
     name: ClassVar[str] = "tied_vocabulary"
 
     def run(self, model: ir.Model) -> None:
-        tables: dict[Hashable, ir.Value] = {}
-        for node in model.graph:
-            if node.op_type == "Gather" and not node.domain and node.inputs[0] is not None:
-                table = node.inputs[0]
-                if table.const_value is not None and len(table.const_value.shape) == 2:
-                    tables[weights.plan_key(table.const_value)] = table
-        for node in list(model.graph):
-            weight = node.inputs[1] if node.op_type == "MatMul" and not node.domain else None
-            if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
-                continue
-            tied = tables.get(weights.plan_key(weights.transpose(weight.const_value, [1, 0])))
-            if tied is not None:
-                multiply_transposed(model, node, tied, self.name)
-                self.matches += 1
+        for node, table in tied_projections(model):
+            multiply_transposed(model, node, table, self.name)
+            self.matches += 1
+
+
+def tied_projections(model: ir.Model) -> list[tuple[ir.Node, ir.Value]]:
+    """Each product by the transpose of an embedding table, with the table."""
+    tables: dict[Hashable, ir.Value] = {}
+    for node in model.graph:
+        if node.op_type == "Gather" and not node.domain and node.inputs[0] is not None:
+            table = node.inputs[0]
+            if table.const_value is not None and len(table.const_value.shape) == 2:
+                tables[weights.plan_key(table.const_value)] = table
+    found = []
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" and not node.domain else None
+        if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
+            continue
+        tied = tables.get(weights.plan_key(weights.transpose(weight.const_value, [1, 0])))
+        if tied is not None:
+            found.append((node, tied))
+    return found
 
 
 def _held(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value | None:
@@ -71,11 +79,5 @@ def _held(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value | None:
 def multiply_transposed(model: ir.Model, node: ir.Node, weight: ir.Value, rule: str) -> None:
     """Replace ``node`` (x @ w) by x @ weight^T."""
     fused = ir.node("FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain="com.microsoft", name=node.name)
-    tag(fused, rule)
-    old, new = node.outputs[0], fused.outputs[0]
-    new.shape, new.type = old.shape, old.type
-    model.graph.insert_before(node, fused)
-    new.name, old.name = old.name, None
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
+    replace_node(model, node, [tag(fused, rule)], fused.outputs)
     model.graph.opset_imports["com.microsoft"] = 1

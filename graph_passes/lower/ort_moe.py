@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qwenforge import names
 from qwenforge.exporter import weights
 from qwenforge.graph_passes.functions import MIXTURE_OF_EXPERTS
-from qwenforge.graph_passes.infra import FusionPass, add_initializer, tag
+from qwenforge.graph_passes.infra import FusionPass, add_initializer, replace_node, tag
 
 
 class LowerMixtureOfExperts(FusionPass):
@@ -50,12 +50,6 @@ class LowerMixtureOfExperts(FusionPass):
                 domain="com.microsoft",
                 name=node.name,
             )
-            tag(moe, self.name)
-            old, new = node.outputs[0], moe.outputs[0]
-            new.shape, new.type = old.shape, old.type
-            model.graph.insert_before(node, moe)
-            new.name, old.name = old.name, None
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
+            replace_node(model, node, [tag(moe, self.name)], moe.outputs)
             model.graph.opset_imports["com.microsoft"] = 1
             self.matches += 1

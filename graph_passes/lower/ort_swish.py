@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qwenforge.graph_passes.infra import FusionPass, float_attribute, tag
+from qwenforge.graph_passes.infra import FusionPass, float_attribute, replace_node, tag
 
 
 class SwishToQuickGelu(FusionPass):
@@ -20,12 +20,6 @@ class SwishToQuickGelu(FusionPass):
                 continue
             alpha = float_attribute(node, "alpha", 1.0)
             gelu = ir.node("QuickGelu", node.inputs, {"alpha": alpha}, domain="com.microsoft", name=node.name)
-            tag(gelu, self.name)
-            old, new = node.outputs[0], gelu.outputs[0]
-            new.shape, new.type = old.shape, old.type
-            model.graph.insert_before(node, gelu)
-            new.name, old.name = old.name, None
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
+            replace_node(model, node, [tag(gelu, self.name)], gelu.outputs)
             model.graph.opset_imports["com.microsoft"] = 1
             self.matches += 1

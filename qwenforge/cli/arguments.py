@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenforge import targets
+from qwenforge.devices import DEVICES
+
+if TYPE_CHECKING:
+    from qwenforge.tensorrt_choice import TensorRTChoice
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +34,50 @@ def add_target(parser: argparse.ArgumentParser, *, default: str) -> None:
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """``--dtype``: precision of weights and activations (``args.dtype``, a str or None)."""
     parser.add_argument(
-        "--dtype", choices=targets.DTYPES, help="precision of weights and activations (default: the target's best)"
+        "--dtype",
+        metavar="DTYPE",
+        help=f"precision of weights and activations: {', '.join(targets.DTYPES)} (default: the target's best)",
+    )
+
+
+def add_tensorrt_choice(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a TensorRT lowering: device, version, attention, experts, place of the weights."""
+    group = parser.add_argument_group("TensorRT targets")
+    group.add_argument("--device", metavar="D", help=f"what the engine runs on: {', '.join(DEVICES)}")
+    group.add_argument("--tensorrt", metavar="V", help="TensorRT version, such as 10.3 (default: the device's newest)")
+    group.add_argument(
+        "--attention",
+        choices=("native", "plugin"),
+        help="by TensorRT's own layers (default from TensorRT 11 on) or our plugin (default before)",
+    )
+    group.add_argument(
+        "--experts",
+        choices=("plugin", "native"),
+        help="by our plugin (default) or TensorRT's own layer (TensorRT 11 on SM 100, 103, 110)",
+    )
+    group.add_argument(
+        "--weights-as",
+        choices=("constants", "inputs"),
+        help="weight matrices inside the engine (default), or bound to it as inputs: an engine of megabytes beside "
+        "weights.safetensors",
+    )
+
+
+def tensorrt_choice(args: argparse.Namespace) -> TensorRTChoice | None:
+    """The lowering that these arguments ask for; None when the target is not TensorRT.
+
+    Raises:
+        UserError: they do not go together, or the device cannot do it.
+    """
+    from qwenforge.tensorrt_choice import choose
+
+    return choose(
+        args.target,
+        device=args.device,
+        version=args.tensorrt,
+        attention=args.attention,
+        experts=args.experts,
+        weights_as=args.weights_as,
     )
 
 

@@ -6,11 +6,19 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qwenforge.cli.arguments import add_dtype, add_json, add_target, positive_int
+from qwenforge.cli.arguments import (
+    add_dtype,
+    add_json,
+    add_target,
+    add_tensorrt_choice,
+    positive_int,
+    tensorrt_choice,
+)
 from qwenforge.cli.base import EXIT_DONE, Command
 
 if TYPE_CHECKING:
     from qwenforge.engine.export import ExportReport
+    from qwenforge.manifest import LoweringRecord
 
 
 class ExportCommand(Command):
@@ -22,7 +30,10 @@ class ExportCommand(Command):
         "Trace a Qwen2-family checkpoint to ONNX, fuse it, lower it to a target and write a bundle. The result is "
         "compared with transformers on the same checkpoint before the bundle appears; a wrong one is not written."
     )
-    example = "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-bundle --target ort-cpu"
+    example = (
+        "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-bundle --target ort-cpu\n"
+        "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-trt --target tensorrt --device jetson-orin-nano"
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with config.json, safetensors, tokenizer")
@@ -37,11 +48,20 @@ class ExportCommand(Command):
             "as they are: seconds and megabytes, memory-mapped at run time",
         )
         parser.add_argument(
-            "--max-length", type=positive_int, metavar="N", help="longest context (default: the model's, <= 32768)"
+            "--max-length",
+            type=positive_int,
+            metavar="N",
+            help="longest context (default: the model's, at most 32768; TensorRT, whose caches have this size: 4096)",
         )
-        parser.add_argument("--max-batch", type=positive_int, metavar="B", help="largest batch to allow (default: any)")
+        parser.add_argument(
+            "--max-batch",
+            type=positive_int,
+            metavar="B",
+            help="largest batch to allow (default: any; for TensorRT 8)",
+        )
         parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers (recorded)")
         parser.add_argument("--verify-passes", action="store_true", help="also compare the graph around every pass")
+        add_tensorrt_choice(parser)
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -53,6 +73,7 @@ class ExportCommand(Command):
             "max_batch": args.max_batch,
             "verify_result": not args.no_verify,
             "verify_passes": args.verify_passes,
+            "choice": tensorrt_choice(args),
         }
         report = _export_with_progress(args, options)
         if args.json:
@@ -90,6 +111,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "bundle": str(report.bundle),
         "target": report.target,
         "dtype": report.dtype,
+        "lowering": report.lowering.model_dump() if report.lowering is not None else None,
         "nodes": report.nodes,
         "data_bytes": report.data_bytes,
         "linked_bytes": report.linked_bytes,
@@ -111,6 +133,16 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
     }
 
 
+def _lowering(record: LoweringRecord) -> str:
+    where = f"{record.device} (SM {record.sm})" if record.device else "every device of TensorRT for RTX"
+    version = "TensorRT for RTX" if record.tensorrt == "rtx" else f"TensorRT {record.tensorrt}"
+    experts = "" if record.moe == "none" else f", experts {record.moe}"
+    return (
+        f"for {where}, {version}: attention {record.attention}{experts}, weights as {record.weights_as}; README.md in "
+        "the bundle has the trtexec and polygraphy lines"
+    )
+
+
 def _print(report: ExportReport) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -120,6 +152,8 @@ def _print(report: ExportReport) -> None:
     linked = f", {report.linked_bytes / 1e6:.1f} MB linked" if report.linked_bytes else ""
     console.print(f"wrote {escape(str(report.bundle))}: {report.target} {report.dtype}, {report.nodes} nodes, ", end="")
     console.print(f"{size:.1f} MB of weights{linked} in {sum(report.seconds.values()):.1f} s")
+    if report.lowering is not None:
+        console.print(_lowering(report.lowering), markup=False)
     verification = report.verification
     if verification is None:
         console.print("not verified (--no-verify)")

@@ -55,7 +55,7 @@ def test_missing_onnxruntime_disables_running(packages: tuple[Package, ...]) -> 
 
 
 def test_planned_target_is_reported_as_not_built(packages: tuple[Package, ...]) -> None:
-    capability = _named(assess(packages), "build and run: target tensorrt-rtx")
+    capability = _named(assess(packages), "build and run: target ort-cuda")
     assert "not built yet" in capability.detail
     assert capability.install == ""
 

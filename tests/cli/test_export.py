@@ -136,8 +136,9 @@ def test_unusable_checkpoint_is_refused_in_one_sentence(
     ("options", "where", "remedy"),
     [
         (["--dtype", "bf16"], "target ort-cpu does not support dtype bf16", "choose fp32"),
-        (["--target", "tensorrt"], "target tensorrt (TensorRT on an NVIDIA GPU) is not built yet", "use ort-cpu"),
-        (["--target", "npu"], "unknown target 'npu'", "use ort-cpu or portable"),
+        (["--dtype", "fp64"], "target ort-cpu does not support dtype fp64", "choose fp32"),
+        (["--target", "ort-cuda"], "target ort-cuda (ONNX Runtime on an NVIDIA GPU) is not built yet", "use ort-cpu"),
+        (["--target", "npu"], "unknown target 'npu'", "use ort-cpu or tensorrt"),
         (["--max-length", "100000"], "--max-length 100000 is beyond the model's 256 positions", "256"),
     ],
 )
@@ -162,7 +163,7 @@ def test_folder_of_somebody_else_is_refused_and_left_alone(checkpoint: Path, tmp
     "arguments",
     [
         ["checkpoint"],
-        ["checkpoint", "-o", "bundle", "--dtype", "fp64"],
+        ["checkpoint", "-o", "bundle", "--weights-as", "files"],
         ["checkpoint", "-o", "bundle", "--max-length", "0"],
         ["checkpoint", "-o", "bundle", "--weights", "symlink"],
         ["checkpoint", "-o", "bundle", "--no-verif"],

@@ -250,7 +250,13 @@ def test_linked_weights_on_another_disk_are_one_sentence(
         ({"max_length": 257}, r"--max-length 257 is beyond the model's 256 positions"),
         ({"weights": "symlink"}, r"--weights is copy or link, not symlink"),
         ({"dtype": "bf16"}, r"target ort-cpu does not support dtype bf16"),
-        ({"target": "tensorrt"}, r"target tensorrt .* is not built yet"),
+        ({"target": "ort-cuda"}, r"target ort-cuda .* is not built yet"),
+        ({"target": "tensorrt"}, r"--target tensorrt needs --device, one of a100, "),
+        (
+            {"target": "tensorrt-rtx", "dtype": "fp32"},
+            r"target tensorrt-rtx does not support dtype fp32: .*choose bf16",
+        ),
+        ({"target": "tensorrt-rtx", "weights": "link"}, r"--weights link .*tensorrt-rtx"),
     ],
 )
 def test_impossible_wish_is_refused_before_any_work(

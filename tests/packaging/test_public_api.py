@@ -18,6 +18,7 @@ EXPORT_PARAMETERS = (
     "max_batch",
     "verify_result",
     "verify_passes",
+    "choice",
     "progress",
 )
 

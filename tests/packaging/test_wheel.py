@@ -47,7 +47,7 @@ def test_wheel_is_marked_as_typed(contents: set[str]) -> None:
 def test_wheel_holds_no_native_source_and_no_tool_settings(contents: set[str]) -> None:
     packaged = {name for name in contents if ".dist-info/" not in name}
     assert {name.partition("/")[0] for name in packaged} == {"qwenforge"}
-    assert {Path(name).suffix for name in packaged} <= {".py", ".typed", ".jinja", ".json"}
+    assert {Path(name).suffix for name in packaged} <= {".py", ".typed", ".jinja", ".json", ".yaml"}
 
 
 def test_wheel_holds_the_configurations_of_known_models(contents: set[str]) -> None:

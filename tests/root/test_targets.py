@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwenforge import targets
+from qwenforge import devices, targets
 from qwenforge.errors import UnsupportedError
 
 
@@ -29,6 +29,7 @@ def test_bf16_on_ort_cpu_is_refused_with_alternatives() -> None:
 @pytest.mark.parametrize("target", targets.TARGETS.values(), ids=lambda target: target.name)
 def test_every_dtype_is_supported_or_refused_with_a_reason(target: targets.Target) -> None:
     assert set(target.dtypes) | set(target.refused) == set(targets.DTYPES)
+    assert all("choose " in reason for reason in target.refused.values())
     assert not set(target.dtypes) & set(target.refused)
 
 
@@ -39,10 +40,28 @@ def test_planned_target_is_refused_by_name(name: str) -> None:
 
 
 def test_unknown_target_lists_the_known_ones() -> None:
-    with pytest.raises(UnsupportedError, match=r"unknown target 'gpu'; use ort-cpu or portable"):
+    with pytest.raises(
+        UnsupportedError, match=r"unknown target 'gpu'; use ort-cpu or tensorrt or tensorrt-rtx or portable"
+    ):
         targets.resolve_dtype("gpu", None)
 
 
 def test_unknown_dtype_lists_what_the_target_supports() -> None:
     with pytest.raises(UnsupportedError, match=r"int3.*choose fp32 or fp16"):
         targets.resolve_dtype("ort-cpu", "int3")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "alternatives"),
+    [
+        ("jetson-orin-nano", "fp8", r"jetson-orin-nano .*no FP8.*int8.*int4"),
+        ("a100", "fp8", r"a100 .*no FP8.*int8.*int4"),
+        ("h200", "fp8", r"calibrated scales.*not built yet; choose bf16 or fp16"),
+        (None, "int4", r"calibrated scales.*not built yet; choose bf16 or fp16"),
+    ],
+)
+def test_quantized_dtype_is_refused_with_what_the_device_offers(
+    device: str | None, dtype: str, alternatives: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=alternatives):
+        targets.resolve_dtype("tensorrt", dtype, None if device is None else devices.get_device(device))

@@ -1,0 +1,221 @@
+"""What the nodes of a target mean, as functions in standard operators, so that a lowered graph runs in ONNX Runtime.
+
+TensorRT's own operators and our plugins have no kernels in ONNX Runtime. Before such a graph is run for verification,
+each of these nodes is replaced by a call of a function of domain ``qwenforge.reference``, written from the operator's
+definition (plugins/*/op.yaml; for TensorRT's operators the documentation of ``IAttention`` and ``IMoELayer``), not
+from the lowering: a lowering that packs weights wrongly or anchors a mask at the wrong corner then gives other numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx_ir as ir
+
+from qwenforge import names, op_spec
+from qwenforge.graph_passes.functions import GROUPED_QUERY_ATTENTION, register_function
+from qwenforge.graph_passes.infra import replace_node
+
+DOMAIN = "qwenforge.reference"
+
+_FUNCTIONS = """
+<ir_version: 11, opset_import: ["" : 24, "qwenforge.reference" : 1]>
+unused (float[1] x) => (float[1] y) { y = Identity (x) }
+<domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge" : 1]>
+QwenForgeAttention <num_heads, num_key_value_heads, scale, sliding_window>
+    (query, key, value, past_key, past_value, cos, sin, position_ids, cache_position)
+    => (output, present_key, present_value)
+{
+    positions = Cast <to = 7> (position_ids)
+    starts = Cast <to = 7> (cache_position)
+    output, present_key, present_value = qwenforge.GroupedQueryAttention <
+        num_heads : int = @num_heads, num_key_value_heads : int = @num_key_value_heads, scale : float = @scale,
+        sliding_window : int = @sliding_window> (query, key, value, past_key, past_value, cos, sin, positions, starts)
+}
+<domain: "qwenforge.reference", opset_import: ["" : 24]>
+TRT_Attention (query, key, value, kv_lengths) => (output)
+{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    one_axis = Constant <value_ints = [1]> ()
+    valid = Cast <to = 7> (kv_lengths)
+    capacity_dim = Shape <start = 2, end = 3> (key)
+    capacity = Squeeze (capacity_dim)
+    new_dim = Shape <start = 2, end = 3> (query)
+    new = Squeeze (new_dim)
+    keys = Range (zero, capacity, one)
+    steps = Range (zero, new, one)
+    starts = Sub (valid, new)
+    start_column = Unsqueeze (starts, one_axis)
+    last_seen = Add (start_column, steps)
+    axes = Constant <value_ints = [1, 3]> ()
+    last_seen_keys = Unsqueeze (last_seen, axes)
+    mask = LessOrEqual (keys, last_seen_keys)
+    output = Attention <scale = 1.0> (query, key, value, mask)
+}
+<domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge.reference" : 1]>
+QwenForgeMoE <top_k, normalize_topk> (hidden_states, router_logits, gate_up_weights, down_weights) => (output)
+{
+    weights = qwenforge.reference.Route <top_k : int = @top_k, normalize_topk : int = @normalize_topk> (router_logits)
+    output = qwenforge.reference.PackedExperts (hidden_states, weights, gate_up_weights, down_weights)
+}
+<domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge.reference" : 1]>
+QwenForgeMoEShared <top_k, normalize_topk>
+    (hidden_states, router_logits, gate_up_weights, down_weights, shared_gate_logits) => (output)
+{
+    routed = qwenforge.reference.Route <top_k : int = @top_k, normalize_topk : int = @normalize_topk> (router_logits)
+    gate_logits = Cast <to = 1> (shared_gate_logits)
+    gate = Sigmoid (gate_logits)
+    all_dim = Shape <start = 0, end = 1> (gate_up_weights)
+    routed_dim = Shape <start = 1, end = 2> (router_logits)
+    shared_dim = Sub (all_dim, routed_dim)
+    one = Constant <value_ints = [1]> ()
+    spread = Concat <axis = 0> (one, shared_dim)
+    shared = Expand (gate, spread)
+    weights = Concat <axis = 1> (routed, shared)
+    output = qwenforge.reference.PackedExperts (hidden_states, weights, gate_up_weights, down_weights)
+}
+<domain: "qwenforge.reference", opset_import: ["" : 24]>
+Route <top_k, normalize_topk> (router_logits) => (weights)
+{
+    minus_one = Constant <value_ints = [-1]> ()
+    logits = Cast <to = 1> (router_logits)
+    probabilities = Softmax <axis = -1> (logits)
+    count = Constant <value_int : int = @top_k> ()
+    counts = Reshape (count, minus_one)
+    top, chosen = TopK <axis = -1, largest = 1, sorted = 1> (probabilities, counts)
+    total = ReduceSum <keepdims = 1> (top, minus_one)
+    normalized = Div (top, total)
+    flag = Constant <value_int : int = @normalize_topk> ()
+    normalize = Cast <to = 9> (flag)
+    kept = Where (normalize, normalized, top)
+    nothing = Sub (probabilities, probabilities)
+    weights = ScatterElements <axis = 1> (nothing, chosen, kept)
+}
+<domain: "qwenforge.reference", opset_import: ["" : 24]>
+PackedExperts (x, weights, gate_up, down) => (y)
+{
+    axis_zero = Constant <value_ints = [0]> ()
+    axis_one = Constant <value_ints = [1]> ()
+    columns = Transpose <perm = [1, 0]> (x)
+    projected = MatMul (gate_up, columns)
+    tokens = Shape <start = 0, end = 1> (x)
+    tile_head = Constant <value_ints = [0, -1, 16]> ()
+    tile_shape = Concat <axis = 0> (tile_head, tokens)
+    tiles = Reshape (projected, tile_shape)
+    gate, up = Split <axis = 2, num_outputs = 2> (tiles)
+    activated = Swish (gate)
+    product = Mul (activated, up)
+    row_head = Constant <value_ints = [0, -1]> ()
+    row_shape = Concat <axis = 0> (row_head, tokens)
+    hidden = Reshape (product, row_shape)
+    outputs = MatMul (down, hidden)
+    typed = CastLike (weights, x)
+    weight_rows = Transpose <perm = [1, 0]> (typed)
+    factors = Unsqueeze (weight_rows, axis_one)
+    weighted = Mul (outputs, factors)
+    zero = Constant <value_float = 0.0> ()
+    nothing = CastLike (zero, x)
+    chosen = Greater (factors, nothing)
+    kept = Where (chosen, weighted, nothing)
+    summed = ReduceSum <keepdims = 0> (kept, axis_zero)
+    y = Transpose <perm = [1, 0]> (summed)
+}
+<domain: "qwenforge.reference", opset_import: ["" : 24]>
+TRT_MoE (hidden_states, selected, scores, gate, up, down) => (output)
+{
+    axis_zero = Constant <value_ints = [0]> ()
+    axis_two = Constant <value_ints = [2]> ()
+    x = Squeeze (hidden_states, axis_zero)
+    ids_narrow = Squeeze (selected, axis_zero)
+    ids = Cast <to = 7> (ids_narrow)
+    kept = Squeeze (scores, axis_zero)
+    tokens = Shape <start = 0, end = 1> (x)
+    experts = Shape <start = 0, end = 1> (gate)
+    spread_shape = Concat <axis = 0> (tokens, experts)
+    zero = Constant <value_float = 0.0> ()
+    nothing_scalar = CastLike (zero, x)
+    nothing = Expand (nothing_scalar, spread_shape)
+    spread = ScatterElements <axis = 1> (nothing, ids, kept)
+    rows = Transpose <perm = [1, 0]> (spread)
+    factors = Unsqueeze (rows, axis_two)
+    gated = MatMul (x, gate)
+    activated = Swish (gated)
+    raised = MatMul (x, up)
+    hidden = Mul (activated, raised)
+    outputs = MatMul (hidden, down)
+    weighted = Mul (outputs, factors)
+    chosen = Greater (factors, nothing_scalar)
+    present = Where (chosen, weighted, nothing_scalar)
+    summed = ReduceSum <keepdims = 0> (present, axis_zero)
+    output = Unsqueeze (summed, axis_zero)
+}
+"""
+
+_CALLED = {
+    "QwenForgeMoE": ("Route", "PackedExperts"),
+    "QwenForgeMoEShared": ("Route", "PackedExperts"),
+}
+_OPSET = 24
+
+
+@functools.cache
+def _parsed() -> ir.Model:
+    import onnx.parser
+
+    return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS))
+
+
+def expand_target_nodes(model: ir.Model) -> bool:
+    """Replace every node of TensorRT and of our plugins in ``model`` by a call of its reference; True if there was one.
+
+    The caches become of symbolic capacity again, so that a verification may choose its own.
+    """
+    found = False
+    for node in list(model.graph):
+        call = _call(node)
+        if call is None:
+            continue
+        op, inputs, attributes, calls_portable = call
+        reference = ir.node(op, inputs, attributes, domain=DOMAIN, num_outputs=len(node.outputs), name=node.name)
+        reference.metadata_props.update(node.metadata_props)
+        replace_node(model, node, [reference], reference.outputs)
+        for name in (op, *_CALLED.get(op, ())):
+            body = _parsed().functions[(DOMAIN, name, "")].clone()
+            model.functions.setdefault(body.identifier(), body)
+        if calls_portable:
+            register_function(model, GROUPED_QUERY_ATTENTION)
+        found = True
+    if found:
+        model.graph.opset_imports[""] = _OPSET
+        model.graph.opset_imports[DOMAIN] = 1
+        model.ir_version = max(model.ir_version or 0, 11)
+        _free_capacity(model)
+    return found
+
+
+def _call(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr], bool] | None:
+    """The function that stands for ``node``, its inputs and attributes, and whether it calls a portable function."""
+    inputs, attributes = list(node.inputs), dict(node.attributes)
+    if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("attention").name:
+        kept = _fields(attributes, "num_heads", "num_key_value_heads", "scale", "sliding_window")
+        return node.op_type, inputs, kept, True
+    if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("moe").name:
+        shared = attributes["num_shared_experts"].as_int() > 0
+        op = "QwenForgeMoEShared" if shared else "QwenForgeMoE"
+        return op, inputs, _fields(attributes, "top_k", "normalize_topk"), False
+    if node.op_type == "TRT_Attention":
+        return node.op_type, [*inputs[:3], inputs[5]], {}, False
+    if node.op_type == "TRT_MoE":
+        return node.op_type, inputs, {}, False
+    return None
+
+
+def _fields(attributes: dict[str, ir.Attr], *wanted: str) -> dict[str, ir.Attr]:
+    return {name: attributes[name] for name in wanted}
+
+
+def _free_capacity(model: ir.Model) -> None:
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name and value.name.startswith(("past_key_values.", "present.")) and value.shape is not None:
+            value.shape = ir.Shape([*value.shape[:2], names.CAPACITY, *value.shape[3:]])
