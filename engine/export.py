@@ -27,7 +27,7 @@ from qwenforge.exporter.instantiate import instantiate
 from qwenforge.exporter.safetensors_writer import write_safetensors
 from qwenforge.exporter.trace import TracedModel, trace
 from qwenforge.graph_passes.lower import lower
-from qwenforge.graph_passes.lower.tensorrt_signature import split_weight_inputs
+from qwenforge.graph_passes.lower.tensorrt_signature import TENSORRT_MAX_LENGTH, split_weight_inputs
 from qwenforge.graph_passes.pipeline import Step, optimize
 from qwenforge.manifest import (
     ENGINE_WEIGHTS,
@@ -53,9 +53,8 @@ Progress = Callable[[str, float], None]
 
 DEFAULT_MAX_LENGTH = 32768
 """Longest context of a bundle unless asked otherwise; the model's own limit when that is shorter."""
-TENSORRT_MAX_LENGTH = 4096
 TENSORRT_MAX_BATCH = 8
-"""A TensorRT engine's caches have this size from the start; asked otherwise with max_length and max_batch."""
+"""The largest batch of a TensorRT engine's profiles unless asked otherwise."""
 _TOOLS = ("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers")
 _DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 

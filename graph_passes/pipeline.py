@@ -20,6 +20,7 @@ from qwenforge.graph_passes.infra import FusionPass
 if TYPE_CHECKING:
     from qwenforge.graph_passes.scenario import Skipped
     from qwenforge.graph_passes.verify import Verifier
+    from qwenforge.tensorrt_choice import TensorRTChoice
 
 OPSET = 24
 OLDEST_OPSET = 18
@@ -106,17 +107,21 @@ def optimize(
     disable: Collection[str] = (),
     positions: int | None = None,
     extra_rules: Sequence[FusionPass] = (),
+    choice: TensorRTChoice | None = None,
+    capacity: int | None = None,
     progress: Progress | None = None,
 ) -> PipelineResult:
     """Fuse ``model`` to the portable form and lower it to ``target``.
 
     Args:
         model: any opset 18..24 graph of a Qwen2-family model; it is not changed.
-        target: ``portable`` or ``ort-cpu``.
+        target: one of ``qwenforge.targets``.
         verify: compare the outputs before and after every rule and refuse a rule that moves them.
         disable: names of rules to leave out.
         positions: rows of the rotary tables; by default as :data:`fuse.rope.DEFAULT_POSITIONS`.
         extra_rules: further rules, run after the portable ones.
+        choice: how to lower for TensorRT, needed for its targets.
+        capacity: the static size of the caches for TensorRT; None leaves it symbolic.
         progress: called with each rule's name before it runs.
 
     Raises:
@@ -128,7 +133,8 @@ def optimize(
     from qwenforge.graph_passes.fuse.rope import DEFAULT_POSITIONS
     from qwenforge.graph_passes.lower import lowering_rules
 
-    rules = [*portable_rules(positions or DEFAULT_POSITIONS), *extra_rules, *lowering_rules(target)]
+    rules = [*portable_rules(positions or DEFAULT_POSITIONS), *extra_rules]
+    rules += lowering_rules(target, choice=choice, capacity=capacity)
     unknown = set(disable) - {rule.name for rule in rules}
     if unknown:
         known = ", ".join(rule.name for rule in rules)

@@ -7,6 +7,7 @@ accumulated in fp32 where the hardware tells the difference, at the boost clock:
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -76,18 +77,31 @@ class Device:
         raise UnsupportedError(f"{self.name} does not support {precision}; choose one of {others}.")
 
     def require_tensorrt(self, version: str | None) -> str:
-        """The TensorRT version to lower for: ``version``, or the newest that the device runs.
+        """The TensorRT version to lower for, as major.minor: of ``version``, or the newest that the device runs.
+
+        A Jetson runs the versions that its JetPack releases bring; other devices run every release from the oldest
+        one of the table on.
 
         Raises:
-            UnsupportedError: the device does not run ``version``.
+            UnsupportedError: the device does not run ``version``, or it is no version.
         """
         if version is None:
             return self.tensorrt[-1]
-        if version in self.tensorrt:
-            return version
+        found = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)*", version)
+        if found is None:
+            raise UnsupportedError(f"{version!r} is not a TensorRT version; choose one of {', '.join(self.tensorrt)}.")
+        short = f"{found[1]}.{found[2]}"
+        between = self.family != "jetson" and _numbers(self.tensorrt[0]) <= _numbers(short)
+        if short in self.tensorrt or (between and int(found[1]) <= _numbers(self.tensorrt[-1])[0]):
+            return short
+        others = "" if self.family == "jetson" else " or a release between them"
         raise UnsupportedError(
-            f"TensorRT {version} is not known to run on {self.name}; choose one of {', '.join(self.tensorrt)}."
+            f"TensorRT {version} is not known to run on {self.name}; choose one of {', '.join(self.tensorrt)}{others}."
         )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split("."))
 
 
 def _rates(fp16: float, *, int8: float, fp8: float | None = None) -> Mapping[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 from importlib import resources
 from typing import Any, Literal
 
@@ -82,6 +83,8 @@ class OpSpec(_Part):
             value = attributes[attribute.name]
             if attribute.type == "int" and not isinstance(value, int):
                 return f"{attribute.name} is {value}, not an integer"
+            if not math.isfinite(value):
+                return f"{attribute.name} is {value}, no finite number"
             if attribute.minimum is not None and value < attribute.minimum:
                 return f"{attribute.name} is {value}, below {attribute.minimum:g}"
             if attribute.maximum is not None and value > attribute.maximum:

@@ -13,10 +13,44 @@ import functools
 import onnx_ir as ir
 
 from qwenforge import names, op_spec
+from qwenforge.errors import GraphError
 from qwenforge.graph_passes.functions import GROUPED_QUERY_ATTENTION, register_function
 from qwenforge.graph_passes.infra import replace_node
+from qwenforge.tensorrt_choice import LAYOUT_VERSION
 
 DOMAIN = "qwenforge.reference"
+
+_ATTENTION = """
+<domain: "qwenforge.reference", opset_import: ["" : 24]>
+TRT_Attention_%s (query, key, value, kv_lengths) => (output)
+{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    one_axis = Constant <value_ints = [1]> ()
+    valid_row = Cast <to = 7> (kv_lengths)
+    valid = Unsqueeze (valid_row, one_axis)
+    capacity_dim = Shape <start = 2, end = 3> (key)
+    capacity = Squeeze (capacity_dim)
+    new_dim = Shape <start = 2, end = 3> (query)
+    new = Squeeze (new_dim)
+    keys = Range (zero, capacity, one)
+    steps = Range (zero, new, one)
+    first_steps = Mul (steps, zero)
+    last_valid = Sub (valid, one)
+    before_new = Sub (valid, new)
+    last_seen = %s
+    axes = Constant <value_ints = [1, 3]> ()
+    last_seen_keys = Unsqueeze (last_seen, axes)
+    mask = LessOrEqual (keys, last_seen_keys)
+    output = Attention <scale = 1.0> (query, key, value, mask)
+}
+"""
+_LAST_KEY_SEEN = {
+    "none": "Add (last_valid, first_steps)",
+    "upper_left": "Min (last_valid, steps)",
+    "lower_right": "Add (before_new, steps)",
+}
+"""The last key that query ``steps`` of a row sees, by ``causal_kind`` of TensorRT's attention layer."""
 
 _FUNCTIONS = """
 <ir_version: 11, opset_import: ["" : 24, "qwenforge.reference" : 1]>
@@ -31,27 +65,6 @@ QwenForgeAttention <num_heads, num_key_value_heads, scale, sliding_window>
     output, present_key, present_value = qwenforge.GroupedQueryAttention <
         num_heads : int = @num_heads, num_key_value_heads : int = @num_key_value_heads, scale : float = @scale,
         sliding_window : int = @sliding_window> (query, key, value, past_key, past_value, cos, sin, positions, starts)
-}
-<domain: "qwenforge.reference", opset_import: ["" : 24]>
-TRT_Attention (query, key, value, kv_lengths) => (output)
-{
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    one_axis = Constant <value_ints = [1]> ()
-    valid = Cast <to = 7> (kv_lengths)
-    capacity_dim = Shape <start = 2, end = 3> (key)
-    capacity = Squeeze (capacity_dim)
-    new_dim = Shape <start = 2, end = 3> (query)
-    new = Squeeze (new_dim)
-    keys = Range (zero, capacity, one)
-    steps = Range (zero, new, one)
-    starts = Sub (valid, new)
-    start_column = Unsqueeze (starts, one_axis)
-    last_seen = Add (start_column, steps)
-    axes = Constant <value_ints = [1, 3]> ()
-    last_seen_keys = Unsqueeze (last_seen, axes)
-    mask = LessOrEqual (keys, last_seen_keys)
-    output = Attention <scale = 1.0> (query, key, value, mask)
 }
 <domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge.reference" : 1]>
 QwenForgeMoE <top_k, normalize_topk> (hidden_states, router_logits, gate_up_weights, down_weights) => (output)
@@ -157,13 +170,15 @@ _CALLED = {
     "QwenForgeMoEShared": ("Route", "PackedExperts"),
 }
 _OPSET = 24
+_SILU = 1  # TRT_MoE's activation_type
 
 
 @functools.cache
 def _parsed() -> ir.Model:
     import onnx.parser
 
-    return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS))
+    attention = "".join(_ATTENTION % (kind, last) for kind, last in _LAST_KEY_SEEN.items())
+    return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS + attention))
 
 
 def expand_target_nodes(model: ir.Model) -> bool:
@@ -202,13 +217,24 @@ def _call(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr]
         return node.op_type, inputs, kept, True
     if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("moe").name:
         shared = attributes["num_shared_experts"].as_int() > 0
+        _require(node, attributes["layout_version"].as_int() == LAYOUT_VERSION)
         op = "QwenForgeMoEShared" if shared else "QwenForgeMoE"
         return op, inputs, _fields(attributes, "top_k", "normalize_topk"), False
     if node.op_type == "TRT_Attention":
-        return node.op_type, [*inputs[:3], inputs[5]], {}, False
+        kind = attributes["causal_kind"].as_string() if "causal_kind" in attributes else "none"
+        _require(node, kind in _LAST_KEY_SEEN and all(value is None for value in inputs[3:5]))
+        return f"{node.op_type}_{kind}", [*inputs[:3], inputs[5]], {}, False
     if node.op_type == "TRT_MoE":
+        _require(node, attributes["activation_type"].as_int() == _SILU)
         return node.op_type, inputs, {}, False
     return None
+
+
+def _require(node: ir.Node, known: bool) -> None:
+    if not known:
+        raise GraphError(
+            f"node {node.name} ({node.op_type}) has attributes or inputs that its reference does not model."
+        )
 
 
 def _fields(attributes: dict[str, ir.Attr], *wanted: str) -> dict[str, ir.Attr]:

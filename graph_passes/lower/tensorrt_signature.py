@@ -6,8 +6,12 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from qwenforge import names
+from qwenforge import names, op_spec
+from qwenforge.errors import GraphError
 from qwenforge.graph_passes.infra import FusionPass
+
+TENSORRT_MAX_LENGTH = 4096
+"""Size of the caches, and so the longest context, unless asked otherwise: all of it is allocated from the start."""
 
 _WEIGHT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -31,6 +35,23 @@ class StaticCapacity(FusionPass):
 
 def _names_capacity(dim: int | ir.SymbolicDim) -> bool:
     return isinstance(dim, ir.SymbolicDim) and dim.value == names.CAPACITY
+
+
+def check_precision(model: ir.Model) -> None:
+    """Make sure that every layer computes in 16 bits, as TensorRT's attention, our plugins and their kernels do.
+
+    Raises:
+        GraphError: a cache or a plugin's tensor is of another type; the message names it.
+    """
+    halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    caches = [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values.")]
+    plugins = [node for node in model.graph if node.domain == op_spec.NAMESPACE]
+    for value in (*caches, *(node.outputs[0] for node in plugins)):
+        if value.dtype is not None and value.dtype not in halves:
+            raise GraphError(
+                f"{value.name} is {value.dtype.name.lower()}: TensorRT's attention and the plugins compute in 16 bits; "
+                "export the model in fp16 or bf16."
+            )
 
 
 def split_weight_inputs(model: ir.Model) -> dict[str, ir.TensorProtocol]:

@@ -40,8 +40,8 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tensorrt_choice(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a TensorRT lowering: device, version, attention, experts, place of the weights."""
+def add_tensorrt_choice(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
+    """The options that choose a TensorRT lowering; ``weights``: with ``--weights-as``."""
     group = parser.add_argument_group("TensorRT targets")
     group.add_argument("--device", metavar="D", help=f"what the engine runs on: {', '.join(DEVICES)}")
     group.add_argument("--tensorrt", metavar="V", help="TensorRT version, such as 10.3 (default: the device's newest)")
@@ -55,6 +55,9 @@ def add_tensorrt_choice(parser: argparse.ArgumentParser) -> None:
         choices=("plugin", "native"),
         help="by our plugin (default) or TensorRT's own layer (TensorRT 11 on SM 100, 103, 110)",
     )
+    if not weights:
+        parser.set_defaults(weights_as=None)
+        return
     group.add_argument(
         "--weights-as",
         choices=("constants", "inputs"),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qwenforge.cli.arguments import add_json, add_target, positive_int
+from qwenforge.cli.arguments import add_json, add_target, add_tensorrt_choice, positive_int, tensorrt_choice
 from qwenforge.cli.base import EXIT_DONE, EXIT_USER_ERROR, Command
 from qwenforge.errors import GraphError, UserError
 
@@ -29,6 +29,7 @@ class Optimize(Command):
     )
     example: ClassVar[str] = (
         "qwenforge optimize model.onnx -o fused.onnx --target ort-cpu --verify\n"
+        "qwenforge optimize model.onnx -o fused.onnx --target tensorrt --device h200 --max-length 2048\n"
         "qwenforge optimize model.onnx -o fused.onnx --disable swiglu --json"
     )
 
@@ -40,23 +41,35 @@ class Optimize(Command):
             "--max-length",
             metavar="N",
             type=positive_int,
-            help="longest context: rows of the rotary tables (default: 32768)",
+            help="longest context: rows of the rotary tables (default: 32768) and, for TensorRT, size of the caches "
+            "(default: 4096)",
         )
         parser.add_argument("--verify", action="store_true", help="compare the outputs before and after every rule")
         parser.add_argument(
             "--disable", metavar="RULE", action="append", default=[], help="leave out a rule (may be repeated)"
         )
+        add_tensorrt_choice(parser, weights=False)
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         from qwenforge.exporter.external_data import save_model
+        from qwenforge.graph_passes.lower.tensorrt_signature import TENSORRT_MAX_LENGTH, check_precision
         from qwenforge.graph_passes.pipeline import optimize
 
         _refuse_output(args.model, args.output)
+        choice = tensorrt_choice(args)
         model = _load(args.model)
         result = optimize(
-            model, target=args.target, verify=args.verify, disable=args.disable, positions=args.max_length
+            model,
+            target=args.target,
+            verify=args.verify,
+            disable=args.disable,
+            positions=args.max_length,
+            choice=choice,
+            capacity=(args.max_length or TENSORRT_MAX_LENGTH) if choice is not None else None,
         )
+        if choice is not None:
+            check_precision(result.model)
         skipped = result.skipped
         save_model(result.model, args.output)
         _print(args, result, skipped)

@@ -78,7 +78,7 @@ def model_file(tmp_path: Path) -> Path:
 
 def _plant(monkeypatch: pytest.MonkeyPatch, *rules: type[FusionPass]) -> None:
     monkeypatch.setattr(pipeline, "portable_rules", lambda positions: [rule() for rule in rules])
-    monkeypatch.setattr(lower, "lowering_rules", lambda target: [])
+    monkeypatch.setattr(lower, "lowering_rules", lambda target, **_: [])
 
 
 @pytest.mark.parametrize("planted", [DropKeyRotation, ScaleWeights])

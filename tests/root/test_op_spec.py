@@ -1,0 +1,80 @@
+"""The plugins' specifications: what an op.yaml can say, and that what it says is enforced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qwenforge import op_spec
+
+MOE: dict[str, int | float] = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_experts": 8,
+    "num_shared_experts": 2,
+    "top_k": 2,
+    "normalize_topk": 0,
+    "layout_version": 1,
+}
+ATTENTION: dict[str, int | float] = {
+    "num_heads": 8,
+    "num_key_value_heads": 2,
+    "head_size": 64,
+    "scale": 0.125,
+    "sliding_window": 0,
+    "cache_type": 0,
+}
+
+
+@pytest.mark.parametrize("plugin", op_spec.PLUGINS)
+def test_specification_is_loaded_and_speaks_of_its_own_attributes(plugin: str) -> None:
+    spec = op_spec.load(plugin)
+    attributes = {attribute.name for attribute in spec.attributes}
+    assert spec.name.startswith("QwenForge") and spec.version.isdecimal() and len(spec.summary) > 20
+    assert all(attribute.meaning for attribute in spec.attributes)
+    assert {tensor.present_if for tensor in spec.inputs} - {None} <= attributes
+    assert {tensor.aliases for tensor in spec.outputs} - {None} <= {tensor.name for tensor in spec.inputs}
+
+
+@pytest.mark.parametrize(("plugin", "attributes"), [("moe", MOE), ("attention", ATTENTION)])
+def test_right_attributes_have_no_problem(plugin: str, attributes: dict[str, int | float]) -> None:
+    assert op_spec.load(plugin).problem(attributes) is None
+
+
+@pytest.mark.parametrize(
+    ("plugin", "change", "problem"),
+    [
+        ("moe", {"top_k": 9}, "top_k"),
+        ("moe", {"top_k": 0}, "top_k"),
+        ("moe", {"num_experts": 257}, "num_experts"),
+        ("moe", {"num_experts": 1}, "top_k is larger than num_experts"),
+        ("moe", {"hidden_size": 63}, "hidden_size"),
+        ("moe", {"layout_version": 2}, "layout_version"),
+        ("moe", {"normalize_topk": None}, "normalize_topk"),
+        ("attention", {"num_key_value_heads": 3}, "num_heads is no multiple"),
+        ("attention", {"head_size": 12}, "head_size"),
+        ("attention", {"cache_type": 1}, "cache_type"),
+        ("attention", {"scale": -1.0}, "scale"),
+        ("attention", {"scale": float("nan")}, "scale"),
+        ("attention", {"sliding_window": -1}, "sliding_window"),
+        ("attention", {"paged": 1}, "paged"),
+    ],
+)
+def test_wrong_attribute_is_named(plugin: str, change: dict[str, Any], problem: str) -> None:
+    attributes = {**(MOE if plugin == "moe" else ATTENTION), **change}
+    given = {name: value for name, value in attributes.items() if value is not None}
+    found = op_spec.load(plugin).problem(given)
+    assert found is not None and problem in found
+
+
+def test_absent_input_is_left_out() -> None:
+    spec = op_spec.load("moe")
+    assert "shared_gate_logits" in spec.input_names(MOE)
+    assert "shared_gate_logits" not in spec.input_names({**MOE, "num_shared_experts": 0})
+
+
+@pytest.mark.parametrize("expression", ["__import__('os')", "a.b", "a[0]", "'text'", "a ** 2", "lambda: 1"])
+def test_expression_is_arithmetic_and_nothing_else(expression: str) -> None:
+    with pytest.raises(ValueError, match="expression"):
+        op_spec.evaluate(expression, {"a": 1})
