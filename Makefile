@@ -6,13 +6,15 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
 STAGES := exporter graph_passes plugins calibration engine runtime bench
 
-.PHONY: help setup demo test lint typecheck format clean
+.PHONY: help setup demo test plugins lint typecheck format clean
 
 help:
 	@echo "make demo       export both example checkpoints, verify, generate text, measure latency"
 	@echo "make test       ruff, mypy, pytest"
+	@echo "make plugins    libqwenforge_plugins.so for TensorRT, with the CUDA compiler of PyPI's wheels or your own"
 	@echo "make lint       ruff and mypy only"
 	@echo "make format     let ruff format the sources"
 	@echo "make clean      remove everything that was built, .venv included"
@@ -29,8 +31,17 @@ $(READY): pyproject.toml VERSION
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: lint
+test: lint $(TOOLS)
 	$(BIN)/python -m pytest
+
+# TensorRT without a GPU, and a CUDA compiler: 300 MB that only the tests and `make plugins` need.
+$(TOOLS): $(READY) tests/requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --requirement tests/requirements.txt
+	touch $@
+
+plugins: $(TOOLS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --preset plugins
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build --preset plugins
 
 lint: $(READY) typecheck
 	$(BIN)/ruff check .

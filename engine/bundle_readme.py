@@ -6,11 +6,26 @@ from dataclasses import dataclass
 from importlib import resources
 
 from qwenforge import names
-from qwenforge.manifest import MODEL_NAME, BundleFacts, TensorSpec
+from qwenforge.manifest import MODEL_NAME, POLYGRAPHY_NETWORK, BundleFacts, LoweringRecord, TensorSpec
 
 PLUGIN_LIBRARY = "libqwenforge_plugins.so"
 TYPICAL_PROMPT = 512
 """Prompt tokens that the prefill profile is tuned for unless the user says otherwise."""
+POLYGRAPHY_SCRIPT = f'''\
+"""The network of {MODEL_NAME} for polygraphy, whose --plugins opens a library without registering its plugins."""
+
+import os
+
+import tensorrt as trt
+from polygraphy.backend.trt import network_from_onnx_path
+
+
+def load_network():
+    library = os.environ.get("QWENFORGE_PLUGIN_LIBRARY", "{PLUGIN_LIBRARY}")
+    trt.get_plugin_registry().load_library(os.path.abspath(library))
+    return network_from_onnx_path("{MODEL_NAME}", strongly_typed=trt.__version__.startswith("10."))
+'''
+"""polygraphy_network.py of a bundle that needs the plugin library."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ def tensorrt_readme(facts: BundleFacts) -> str:
     record = facts.lowering
     if record is None:
         raise ValueError("the bundle was not lowered for TensorRT")
-    plugins = record.attention != "native" or record.moe == "plugin"
+    plugins = needs_plugins(record)
     aliased = record.attention != "native"
     source = resources.files("qwenforge.engine").joinpath("bundle_readme.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -73,13 +88,26 @@ def tensorrt_readme(facts: BundleFacts) -> str:
         facts=facts,
         record=record,
         model=MODEL_NAME,
+        network=POLYGRAPHY_NETWORK if plugins else MODEL_NAME,
         profiles=profile_shapes(facts),
         library=PLUGIN_LIBRARY if plugins else None,
         aliased=aliased,
+        ranges=[f"{name}:[0,{largest}]" for name, largest in _largest_values(facts).items()],
         strongly_typed=record.tensorrt.startswith("10."),
         tool="tensorrt_rtx" if record.tensorrt == "rtx" else "trtexec",
         build=build_command("BUNDLE", record.device),
     )
+
+
+def _largest_values(facts: BundleFacts) -> dict[str, int]:
+    """What random integers may go up to: beyond, a token or a place in the cache does not exist."""
+    first = dict.fromkeys((names.POSITION_IDS, names.CACHE_POSITION, names.LOGITS_INDEX), 0)
+    return {names.INPUT_IDS: facts.model.vocab_size - 1, **first}
+
+
+def needs_plugins(record: LoweringRecord) -> bool:
+    """Whether an engine of a graph lowered so needs the plugin library."""
+    return record.attention != "native" or record.moe == "plugin"
 
 
 def build_command(bundle: str, device: str | None) -> str:

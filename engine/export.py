@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.bundle_writer import BundleWriter
-from qwenforge.engine.bundle_readme import tensorrt_readme
+from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, needs_plugins, tensorrt_readme
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.verification import VerificationReport, verify
 from qwenforge.errors import UnsupportedError, UserError
@@ -34,6 +34,7 @@ from qwenforge.manifest import (
     GENERATION_CONFIG,
     LAYER_BEFORE,
     MODEL_NAME,
+    POLYGRAPHY_NETWORK,
     README,
     TOKENIZER,
     BundleFacts,
@@ -175,8 +176,11 @@ def export_checkpoint(
         _add_accuracy(writer, chosen, report)
         facts = _facts(source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report)
         if choice is not None:
-            facts = facts.model_copy(update={"lowering": _lowering(choice, final), "weight_inputs": weight_inputs})
+            record = _lowering(choice, final)
+            facts = facts.model_copy(update={"lowering": record, "weight_inputs": weight_inputs})
             writer.add_text(README, tensorrt_readme(facts))
+            if needs_plugins(record):
+                writer.add_text(POLYGRAPHY_NETWORK, POLYGRAPHY_SCRIPT)
         bundle = writer.commit(facts, known_sha256={file.path.name: file.sha256 for file in written})
     return ExportReport(
         bundle=bundle,

@@ -29,6 +29,7 @@ ACCURACY = "accuracy.json"
 LAYER_BEFORE = "layer_before.json"
 ENGINE_WEIGHTS = "weights.safetensors"
 README = "README.md"
+POLYGRAPHY_NETWORK = "polygraphy_network.py"
 ENGINE = "engine.plan"
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 
@@ -43,7 +44,6 @@ RESERVED_NAMES = frozenset(
         ACCURACY,
         LAYER_BEFORE,
         ENGINE_WEIGHTS,
-        README,
         ENGINE,
     }
 )

@@ -9,8 +9,9 @@ from pathlib import Path
 from qwenforge.errors import UserError
 from qwenforge.exporter.config import ModelConfig
 
-_FOLDER = Path(__file__).parent / "configs"
-KNOWN_MODELS = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
+CONFIGS = Path(__file__).parent / "configs"
+"""Folder of the configurations that ship with the package."""
+KNOWN_MODELS = tuple(sorted(path.stem for path in CONFIGS.glob("*.json")))
 """Names of the configurations that ship with the package."""
 
 
@@ -24,7 +25,7 @@ def model_config(checkpoint: str) -> tuple[str, ModelConfig]:
     """
     known = checkpoint.lower()
     if known in KNOWN_MODELS:
-        text = (_FOLDER / f"{known}.json").read_text(encoding="utf-8")
+        text = (CONFIGS / f"{known}.json").read_text(encoding="utf-8")
         return known, ModelConfig.parse(json.loads(text), where=f"{known}'s config.json")
     folder = Path(checkpoint)
     if not folder.is_dir():

@@ -1,0 +1,89 @@
+// What every kernel file needs: conversions, 16-byte accesses, reductions over a warp, and a launch that reports errors.
+//
+// With QWENFORGE_SIMT the same source is compiled by the host's compiler and run by the emulator of tests/support/simt.
+
+#pragma once
+
+#ifdef QWENFORGE_SIMT
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#define QWENFORGE_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#endif
+
+#include <cstdint>
+
+namespace qwenforge
+{
+
+constexpr int32_t kWarpSize = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int64_t kMaxGrid = 0x7fffffff; // blocks along x
+
+__device__ __forceinline__ float toFloat(__half value)
+{
+    return __half2float(value);
+}
+
+__device__ __forceinline__ float toFloat(__nv_bfloat16 value)
+{
+    return __bfloat162float(value);
+}
+
+template <typename T>
+__device__ __forceinline__ T fromFloat(float value);
+
+template <>
+__device__ __forceinline__ __half fromFloat<__half>(float value)
+{
+    return __float2half_rn(value);
+}
+
+template <>
+__device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float value)
+{
+    return __float2bfloat16_rn(value);
+}
+
+// Eight elements of 16 bits, read or written in one access; its address is a multiple of 16 bytes.
+template <typename T>
+struct alignas(16) Eight
+{
+    T values[8];
+};
+
+__device__ __forceinline__ float warpSum(float value)
+{
+#pragma unroll
+    for (int32_t distance = kWarpSize / 2; distance > 0; distance /= 2)
+    {
+        value += __shfl_xor_sync(kAllLanes, value, distance);
+    }
+    return value;
+}
+
+// NaN counts as larger than every number, so that it is never lost.
+__device__ __forceinline__ bool isLarger(float a, float b)
+{
+    return (a != a && b == b) || a > b;
+}
+
+__device__ __forceinline__ float warpMax(float value)
+{
+#pragma unroll
+    for (int32_t distance = kWarpSize / 2; distance > 0; distance /= 2)
+    {
+        float const other = __shfl_xor_sync(kAllLanes, value, distance);
+        value = isLarger(other, value) ? other : value;
+    }
+    return value;
+}
+
+constexpr int64_t ceilDiv(int64_t value, int64_t divisor)
+{
+    return (value + divisor - 1) / divisor;
+}
+
+} // namespace qwenforge

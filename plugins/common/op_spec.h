@@ -1,0 +1,95 @@
+// The C++ form of an op.yaml. The build generates one constant of type OpSpec for each, in <op>_spec.h.
+
+#pragma once
+
+#include "common/tensorrt.h"
+
+#include <cstdint>
+
+namespace qwenforge
+{
+
+// Bounds of the fixed arrays below; the generated headers assert that they hold.
+constexpr int32_t kMaxAttributes = 16;
+constexpr int32_t kMaxTensors = 16;
+constexpr int32_t kMaxSizes = 8;
+constexpr int32_t kMaxTypeVariables = 2;
+
+enum class AttributeType : int32_t
+{
+    kInt,
+    kFloat,
+};
+
+// Which member counts is said by the attribute's type.
+union AttributeValue
+{
+    int32_t integer;
+    float real;
+};
+
+using IntegerExpression = int64_t (*)(AttributeValue const* attributes) noexcept;
+using BooleanExpression = bool (*)(AttributeValue const* attributes) noexcept;
+
+struct AttributeSpec
+{
+    char const* name;
+    char const* meaning;
+    AttributeType type;
+    double minimum;
+    double maximum;
+    int64_t multipleOf; // 1 where any value will do
+};
+
+// Either a size that the tensors bring at run time (batch, sequence...), or an expression over the attributes.
+struct DimensionSpec
+{
+    char const* text;
+    int32_t size; // index among OpSpec::sizes, -1 for an expression
+    IntegerExpression expression;
+};
+
+struct TypeVariableSpec
+{
+    char const* name;
+    nvinfer1::DataType const* types;
+    int32_t typeCount;
+};
+
+struct TensorSpec
+{
+    char const* name;
+    int32_t typeVariable;    // -1 where the type is fixed
+    nvinfer1::DataType type; // of a tensor whose type is fixed
+    DimensionSpec const* shape;
+    int32_t rank;
+    int32_t presentIf; // attribute that is 0 where an input is absent, -1 for one that is always there
+    int32_t aliases;   // input whose memory an output shares, -1 for none
+};
+
+struct RequirementSpec
+{
+    BooleanExpression holds;
+    char const* message;
+};
+
+struct OpSpec
+{
+    char const* name;
+    char const* version;
+    char const* pluginNamespace;
+    AttributeSpec const* attributes;
+    int32_t attributeCount;
+    char const* const* sizes;
+    int32_t sizeCount;
+    TypeVariableSpec const* typeVariables;
+    int32_t typeVariableCount;
+    TensorSpec const* inputs;
+    int32_t inputCount;
+    TensorSpec const* outputs;
+    int32_t outputCount;
+    RequirementSpec const* requirements;
+    int32_t requirementCount;
+};
+
+} // namespace qwenforge

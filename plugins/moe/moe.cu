@@ -1,0 +1,144 @@
+#include "moe/moe.h"
+
+#include "moe/moe_kernels.cuh"
+
+namespace qwenforge
+{
+namespace
+{
+
+using namespace moe;
+
+constexpr int64_t kChunkTokens = 512;
+constexpr size_t kAlignment = 256; // of the parts of the workspace
+
+// The workspace of one chunk. Where `base` is null only the size counts.
+struct Workspace
+{
+    Routing routing{};
+    void* hidden{nullptr};
+    float* partial{nullptr};
+    size_t bytes{0};
+
+    Workspace(MoeShape const& shape, void* base) noexcept
+    {
+        int64_t const tokens = shape.tokens < kChunkTokens ? shape.tokens : kChunkTokens;
+        int32_t const slots = shape.topK + shape.numSharedExperts;
+        int64_t const pairs = tokens * slots;
+        routing.tokens = static_cast<int32_t>(tokens);
+        routing.experts = shape.numExperts;
+        routing.sharedExperts = shape.numSharedExperts;
+        routing.topK = shape.topK;
+        routing.slots = slots;
+        routing.normalize = shape.normalizeTopK;
+        routing.ids = take<int32_t>(base, pairs);
+        routing.weights = take<float>(base, pairs);
+        routing.counts = take<int32_t>(base, shape.numExperts + shape.numSharedExperts);
+        routing.pairAt = take<int32_t>(base, pairs);
+        routing.positionOf = take<int32_t>(base, pairs);
+        hidden = take<uint16_t>(base, pairs * shape.intermediateSize);
+        partial = take<float>(base, pairs * shape.hiddenSize);
+    }
+
+private:
+    template <typename T>
+    T* take(void* base, int64_t count) noexcept
+    {
+        size_t const offset = bytes;
+        bytes += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+        return base == nullptr ? nullptr : reinterpret_cast<T*>(static_cast<unsigned char*>(base) + offset);
+    }
+};
+
+bool isValid(MoeShape const& shape) noexcept
+{
+    return shape.tokens >= 0 && shape.hiddenSize >= 8 && shape.hiddenSize % 8 == 0 && shape.intermediateSize >= 8
+        && shape.intermediateSize % 8 == 0 && shape.numExperts >= 1 && shape.numExperts <= kMaxExperts
+        && shape.numSharedExperts >= 0 && shape.numSharedExperts <= kMaxSharedExperts && shape.topK >= 1
+        && shape.topK <= kMaxTopK && shape.topK <= shape.numExperts;
+}
+
+bool isAddress(void const* address) noexcept
+{
+    return address != nullptr && reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+bool areValid(MoeShape const& shape, MoeTensors const& tensors) noexcept
+{
+    return isAddress(tensors.hiddenStates) && isAddress(tensors.routerLogits) && isAddress(tensors.gateUpWeights)
+        && isAddress(tensors.downWeights) && isAddress(tensors.output)
+        && (shape.numSharedExperts == 0 || isAddress(tensors.sharedGateLogits));
+}
+
+template <typename T>
+cudaError_t launchChunk(
+    MoeShape const& shape, MoeTensors const& tensors, int64_t first, Workspace const& space, cudaStream_t stream)
+{
+    Routing const& routing = space.routing;
+    int32_t const experts = routing.experts + routing.sharedExperts;
+    int64_t const pairs = static_cast<int64_t>(routing.tokens) * routing.slots;
+    int64_t const fullTiles = pairs / kTilePairs;
+    auto const tiles = static_cast<unsigned>(fullTiles + (pairs < experts ? pairs : experts));
+    auto const* const states = static_cast<T const*>(tensors.hiddenStates) + first * shape.hiddenSize;
+    auto const* const logits = static_cast<T const*>(tensors.routerLogits) + first * shape.numExperts;
+    auto const* const gates
+        = shape.numSharedExperts == 0 ? nullptr : static_cast<T const*>(tensors.sharedGateLogits) + first;
+    auto* const hidden = static_cast<T*>(space.hidden);
+    auto* const output = static_cast<T*>(tensors.output) + first * shape.hiddenSize;
+    auto const blocks = [](int64_t count, int64_t each) { return static_cast<unsigned>(ceilDiv(count, each)); };
+
+    QWENFORGE_LAUNCH(routeTokens<T>, dim3(blocks(routing.tokens, kRouteWarps)), dim3(kRouteWarps * kWarpSize), stream,
+        routing, logits, gates);
+    QWENFORGE_LAUNCH(countPairs, dim3(static_cast<unsigned>(experts)), dim3(kSortThreads), stream, routing);
+    QWENFORGE_LAUNCH(placePairs, dim3(static_cast<unsigned>(experts)), dim3(kSortThreads), stream, routing);
+    QWENFORGE_LAUNCH(projectUp<T>, dim3(tiles, blocks(shape.intermediateSize, kTileRows / 2)), dim3(kTileThreads),
+        stream, routing, states, static_cast<T const*>(tensors.gateUpWeights), shape.hiddenSize, shape.intermediateSize,
+        hidden);
+    QWENFORGE_LAUNCH(projectDown<T>, dim3(tiles, blocks(shape.hiddenSize, kTileRows)), dim3(kTileThreads), stream,
+        routing, static_cast<T const*>(hidden), static_cast<T const*>(tensors.downWeights), shape.hiddenSize,
+        shape.intermediateSize, space.partial);
+    QWENFORGE_LAUNCH(combine<T>,
+        dim3(static_cast<unsigned>(routing.tokens), blocks(shape.hiddenSize, kCombineThreads)), dim3(kCombineThreads),
+        stream, routing, static_cast<float const*>(space.partial), shape.hiddenSize, output);
+    return cudaGetLastError();
+}
+
+} // namespace
+
+size_t moeWorkspaceBytes(MoeShape const& shape)
+{
+    return isValid(shape) ? Workspace(shape, nullptr).bytes : 0;
+}
+
+cudaError_t launchMoe(MoeShape const& shape, ElementType type, MoeTensors const& tensors, void* workspace,
+    size_t workspaceBytes, cudaStream_t stream)
+{
+    if (!isValid(shape))
+    {
+        return cudaErrorInvalidValue;
+    }
+    if (shape.tokens == 0)
+    {
+        return cudaSuccess;
+    }
+    if (!areValid(shape, tensors) || !isAddress(workspace) || workspaceBytes < moeWorkspaceBytes(shape))
+    {
+        return cudaErrorInvalidValue;
+    }
+    for (int64_t first = 0; first < shape.tokens; first += kChunkTokens)
+    {
+        MoeShape chunk = shape;
+        chunk.tokens = shape.tokens - first; // cut to the chunk by Workspace
+        Workspace const space(chunk, workspace);
+        cudaError_t const error = type == ElementType::kFloat16
+            ? launchChunk<__half>(chunk, tensors, first, space, stream)
+            : launchChunk<__nv_bfloat16>(chunk, tensors, first, space, stream);
+        if (error != cudaSuccess)
+        {
+            return error;
+        }
+    }
+    return cudaSuccess;
+}
+
+} // namespace qwenforge

@@ -1,0 +1,190 @@
+"""Lowered graphs, parsed and built into engines by TensorRT for RTX, which needs no GPU for it.
+
+Tiny checkpoints whole, and one decoder layer of each published model at its true width, with its matrices as inputs of
+the engine. What a build proves: that every node is understood with the types and shapes it has (networks are strongly
+typed), and that our plugins are found, agree to types, formats, shapes and aliasing, and fit into an engine. What the
+engine computes on a GPU it cannot prove; the numbers are :mod:`test_tensorrt`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from support.checkpoints import Kind, make_checkpoint
+from support.lowered_files import LoweredFile, Lowerings
+from support.plugin_library import plugin_library
+from support.plugin_library import why_missing as why_no_library
+from support.rtx_standin import standin
+from support.rtx_standin import why_missing as why_no_standin
+from support.tensorrt_choices import lowering
+from support.true_width import sparse_checkpoint
+
+pytestmark = pytest.mark.skipif(
+    bool(why_no_standin() or why_no_library()), reason=why_no_standin() or why_no_library() or "-"
+)
+
+CAPACITY = 4096
+MEMORY_LIMIT = 8e9
+DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+LOWERINGS = ("rtx", "plugin", "opset 20")
+TRUE_WIDTHS = ("qwen2-0.5b", "qwen2-1.5b", "qwen2-7b", "qwen2-57b-a14b", "qwen2-72b")
+TINY: dict[str, tuple[Kind, dict[str, Any]]] = {
+    "tiny dense": ("qwen2", {"tie_word_embeddings": True}),
+    "tiny MoE": ("qwen2_moe", {}),
+    "one KV head of 7": ("qwen2", {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1}),
+    "64 experts, top 8": (
+        "qwen2_moe",
+        {"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": True, "head_dim": 64, "num_attention_heads": 1}
+        | {"num_key_value_heads": 1},
+    ),
+    "dense among MoE": ("qwen2_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    "sliding window": ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}),
+    "qwen3 MoE": ("qwen3_moe", {"head_dim": 64, "norm_topk_prob": True}),
+}
+"""Sizes of heads are those that TensorRT's attention layer takes."""
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Rows that are printed when the last build of this file is done."""
+    rows: list[str] = []
+    yield rows
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    assert terminal is not None
+    terminal.write_line("")
+    terminal.write_line(
+        f"{'engines built by TensorRT for RTX':<34}{'lowering':<10}{'type':<6}{'layers':>7}{'plugins':>8}"
+        f"{'engine MB':>11}{'weights as inputs MB':>22}{'seconds':>9}{'RSS MB':>8}"
+    )
+    for row in rows:
+        terminal.write_line(row)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("builds")
+
+
+_TRACED: dict[tuple[Path, str], Lowerings] = {}
+
+
+def _lowered(checkpoint: Path, how: str, dtype: str, *, capacity: int, weight_inputs: bool) -> LoweredFile:
+    key = (checkpoint, dtype)
+    if key not in _TRACED:
+        _TRACED[key] = Lowerings(checkpoint, DTYPES[dtype], capacity)
+    place = checkpoint.with_name(f"{checkpoint.name}-{how}-{dtype}")
+    return _TRACED[key].write(place, lowering(how), weight_inputs=weight_inputs)
+
+
+def _build(model: LoweredFile, *options: str, plugins: bool = True, timeout: float = 240) -> dict[str, Any]:
+    """What the stand-in's build.py reports of ``model``."""
+    script = Path(__file__).parent.parent / "support" / "rtx_standin" / "build.py"
+    library = ["--plugins", str(plugin_library())] if plugins and model.needs_plugins else []
+    finished = standin().run(script, model.path, *library, *options, timeout=timeout)
+    assert finished.stdout, f"the build crashed with exit code {finished.returncode}: {finished.stderr}"
+    report: dict[str, Any] = json.loads(finished.stdout)
+    return report
+
+
+def _row(name: str, how: str, dtype: str, model: LoweredFile, report: dict[str, Any]) -> str:
+    return (
+        f"{name:<34}{how:<10}{dtype:<6}{report['layers']:>7}{report['kinds'].get('PLUGIN_V3', 0):>8}"
+        f"{report['engine_bytes'] / 1e6:>11.2f}{model.input_bytes / 1e6:>22.1f}{report['seconds']:>9.2f}"
+        f"{report['peak_bytes'] / 1e6:>8.0f}"
+    )
+
+
+def _check(model: LoweredFile, report: dict[str, Any], dtype: str) -> None:
+    assert report.get("built"), report["errors"]
+    operators = [node.op_type for node in model.graph.graph]
+    plugins = sum(node.domain == "qwenforge" for node in model.graph.graph)
+    assert report["kinds"].get("PLUGIN_V3", 0) == plugins
+    assert report["kinds"].get("KV_CACHE_UPDATE", 0) == operators.count("TensorScatter")
+    types = dict(report["outputs"])
+    assert types.pop("logits") == "FLOAT"
+    assert set(types.values()) == {{"fp16": "HALF", "bf16": "BF16"}[dtype]}
+    assert report["peak_bytes"] < MEMORY_LIMIT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", LOWERINGS)
+@pytest.mark.parametrize("name", TRUE_WIDTHS)
+def test_layer_at_true_width_is_built(name: str, how: str, dtype: str, folder: Path, table: list[str]) -> None:
+    checkpoint = folder / name
+    if not checkpoint.exists():
+        sparse_checkpoint(checkpoint, name)
+    model = _lowered(checkpoint, how, dtype, capacity=CAPACITY, weight_inputs=True)
+    report = _build(model)
+    _check(model, report, dtype)
+    table.append(_row(f"{name}, one layer", how, dtype, model, report))
+
+
+@functools.cache
+def _tiny(folder: Path, name: str) -> Path:
+    kind, config = TINY[name]
+    return make_checkpoint(folder / name.replace(" ", "-"), kind, dtype="bfloat16", tokenizer=False, **config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", LOWERINGS)
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_model_is_built(name: str, how: str, dtype: str, folder: Path, table: list[str]) -> None:
+    model = _lowered(_tiny(folder, name), how, dtype, capacity=256, weight_inputs=False)
+    report = _build(model, "--max-sequence", "256")
+    _check(model, report, dtype)
+    table.append(_row(name, how, dtype, model, report))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_expert_layer_is_parsed(dtype: str, folder: Path) -> None:
+    """TensorRT for RTX knows the layer, but has no kernels for it on its GPUs: parsing is as far as it goes."""
+    model = _lowered(_tiny(folder, "tiny MoE"), "native experts", dtype, capacity=256, weight_inputs=False)
+    assert _build(model, "--parse-only")["parsed"]
+
+
+def test_graph_without_its_plugin_library_is_refused(folder: Path) -> None:
+    model = _lowered(_tiny(folder, "tiny MoE"), "rtx", "bf16", capacity=256, weight_inputs=False)
+    report = _build(model, plugins=False)
+    assert not report["parsed"] and any("Plugin not found" in error for error in report["errors"])
+
+
+def _bias_in_fp32(model: ir.Model) -> None:
+    bias = next(value for name, value in model.graph.initializers.items() if name.endswith("q_proj.bias"))
+    assert bias.const_value is not None
+    bias.const_value = ir.tensor(bias.const_value.numpy().astype(np.float32), name=bias.name)
+    bias.dtype = ir.DataType.FLOAT
+
+
+def _too_many_experts(model: ir.Model) -> None:
+    node = next(node for node in model.graph if node.op_type == "QwenForgeMoE")
+    node.attributes["num_experts"] = ir.AttrInt64("num_experts", 9)
+
+
+def _unknown_layout(model: ir.Model) -> None:
+    node = next(node for node in model.graph if node.op_type == "QwenForgeMoE")
+    node.attributes["layout_version"] = ir.AttrInt64("layout_version", 2)
+
+
+def _quantized_cache(model: ir.Model) -> None:
+    node = next(node for node in model.graph if node.op_type == "QwenForgeAttention")
+    node.attributes["cache_type"] = ir.AttrInt64("cache_type", 1)
+
+
+@pytest.mark.parametrize("fault", [_bias_in_fp32, _too_many_experts, _unknown_layout, _quantized_cache])
+def test_planted_fault_is_not_built(fault: Any, folder: Path) -> None:
+    """The proof can fail: a wrong type, and wrong fields of plugins."""
+    good = _lowered(_tiny(folder, "tiny MoE"), "plugin", "bf16", capacity=256, weight_inputs=False)
+    fault(good.graph)
+    place = good.path.parent.with_name(f"{good.path.parent.name}{fault.__name__}")
+    place.mkdir()
+    ir.save(good.graph, place / "model.onnx")
+    report = _build(LoweredFile(place / "model.onnx", good.graph, 0))
+    assert not report.get("built") and report["errors"]
