@@ -27,6 +27,9 @@ TENSORRT_DOMAIN = "trt"
 
 TRT_ATTENTION = "TRT_Attention"
 
+_ATTENTION_ATTRIBUTES = {"causal_kind": "lower_right", "TRT_decomposable": 1}
+"""Decomposable: where TensorRT has no fused kernel (fewer than three heads) it takes several instead of failing."""
+
 _INT64 = ir.TensorType(ir.DataType.INT64)
 _INT32 = ir.TensorType(ir.DataType.INT32)
 
@@ -130,7 +133,7 @@ class NativeAttention(FusionPass):
             TRT_ATTENTION,
             [scaled, new_key, new_value, None, None, valid_keys],
             "attended",
-            {"causal_kind": "lower_right"},
+            _ATTENTION_ATTRIBUTES,
             domain=TENSORRT_DOMAIN,
         )
         joined = builder.add("Transpose", [attended], "joined", {"perm": [0, 2, 1, 3]})
