@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.bundle_writer import BundleWriter
-from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, needs_plugins, tensorrt_readme
+from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.verification import VerificationReport, verify
 from qwenforge.errors import UnsupportedError, UserError
@@ -47,7 +47,7 @@ from qwenforge.manifest import (
 )
 from qwenforge.reference_logits import ReferenceLogits
 from qwenforge.targets import resolve_dtype
-from qwenforge.tensorrt_choice import TensorRTChoice, choose
+from qwenforge.tensorrt_choice import TensorRTChoice, choose, needs_plugins
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of it that is done, 0..1."""

@@ -30,7 +30,6 @@ LAYER_BEFORE = "layer_before.json"
 ENGINE_WEIGHTS = "weights.safetensors"
 README = "README.md"
 POLYGRAPHY_NETWORK = "polygraphy_network.py"
-ENGINE = "engine.plan"
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 
 RESERVED_NAMES = frozenset(
@@ -44,7 +43,6 @@ RESERVED_NAMES = frozenset(
         ACCURACY,
         LAYER_BEFORE,
         ENGINE_WEIGHTS,
-        ENGINE,
     }
 )
 """Names that mean something in a bundle: a file of such a name that the manifest does not list was slipped in."""
@@ -146,6 +144,43 @@ class LoweringRecord(_Part):
     layout_version: Count
 
 
+class ProfileRecord(_Part):
+    """One optimization profile of an engine: the shapes of its dynamic inputs, at least, typically and at most."""
+
+    name: Word
+    minimum: dict[str, tuple[Count, ...]]
+    typical: dict[str, tuple[Count, ...]]
+    maximum: dict[str, tuple[Count, ...]]
+
+
+class EngineRecord(_Part):
+    """A compiled engine of the bundle, and what it runs on.
+
+    ``device`` and ``sm`` are None for an engine of every device that TensorRT for RTX supports; ``module`` is the
+    Python module that built it and ``tensorrt`` its whole version; ``driver`` is the NVIDIA driver's where a GPU took
+    part. ``plugin_library`` is the version of the plugin library, None where the engine needs none. ``model_sha256`` is
+    that of the model.onnx it was built from. ``options`` are those of the build, and ``peak_build_bytes`` is the
+    builder process's largest resident memory.
+    """
+
+    file: FileName
+    target: Word
+    device: Word | None
+    sm: Count | None
+    module: Word
+    tensorrt: Word
+    driver: Word | None
+    plugin_library: Word | None
+    layout_version: Count
+    model_sha256: Sha256
+    profiles: tuple[ProfileRecord, ...]
+    options: dict[str, str | int | bool | None]
+    layers: Count
+    build_seconds: Annotated[float, Field(ge=0)]
+    peak_build_bytes: Count
+    qwenforge_version: str
+
+
 class FileRecord(_Part):
     """Size and hashes of a file; see ``qwenforge.digests`` for the sampled hash."""
 
@@ -206,7 +241,7 @@ class BundleFacts(_Part):
     pad_token_id: TokenId | None = None
     lowering: LoweringRecord | None = None
     weight_inputs: tuple[TensorSpec, ...] = ()
-    engine: dict[str, JsonValue] | None = None
+    engine: EngineRecord | None = None
 
     @model_validator(mode="after")
     def _tensor_names_are_unique(self) -> BundleFacts:
@@ -237,6 +272,8 @@ class Manifest(BundleFacts):
     def _files_are_consistent(self) -> Manifest:
         if MODEL_NAME not in self.files:
             raise ValueError(f"files does not list {MODEL_NAME}")
+        if self.engine is not None and self.engine.file not in self.files:
+            raise ValueError(f"files does not list the engine {self.engine.file}")
         if both := set(self.files) & set(self.linked_files):
             raise ValueError(f"{min(both)} is listed both as a file and as a linked file")
         return self

@@ -130,6 +130,11 @@ def choose(
     )
 
 
+def needs_plugins(record: LoweringRecord) -> bool:
+    """Whether an engine of a graph lowered so needs the plugin library."""
+    return record.attention != "native" or record.moe == "plugin"
+
+
 def _rtx_device(device: str | None, version: str | None) -> Device | None:
     if version is not None:
         raise UserError("--tensorrt belongs to --target tensorrt: TensorRT for RTX is one version; leave it out.")

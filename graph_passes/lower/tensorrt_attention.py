@@ -27,7 +27,7 @@ TENSORRT_DOMAIN = "trt"
 
 TRT_ATTENTION = "TRT_Attention"
 
-_ATTENTION_ATTRIBUTES = {"causal_kind": "lower_right", "TRT_decomposable": 1}
+_ATTENTION_ATTRIBUTES: dict[str, int | str] = {"causal_kind": "lower_right", "TRT_decomposable": 1}
 """Decomposable: where TensorRT has no fused kernel (fewer than three heads) it takes several instead of failing."""
 
 _INT64 = ir.TensorType(ir.DataType.INT64)

@@ -25,6 +25,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "doctor": "show what this machine can export, build and run",
         "plan": "say what fits on a device and how fast it could be",
         "export": "turn a checkpoint into a verified bundle",
+        "build": "compile the engine of a TensorRT bundle",
         "optimize": "run the graph passes on any ONNX model",
         "run": "generate text with a bundle",
         "bench": "measure latency, throughput and memory of a bundle",

@@ -206,7 +206,6 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "folder_link_to_outside": (move_into_linked_folder, "inner/data is a symbolic link out of the bundle"),
     "dangling_link": (replace_by("model.onnx.data", lambda path: path.symlink_to("gone")), "is missing"),
     "link_to_itself": (replace_by("model.onnx.data", lambda path: path.symlink_to(path.name)), "cannot be reached"),
-    "engine_slipped_in": (overwrite("engine.plan", b"evil"), "engine.plan is not listed in the manifest"),
     "template_slipped_in": (
         put("files/chat_template.jinja", ...),
         "chat_template.jinja is not listed in the manifest",

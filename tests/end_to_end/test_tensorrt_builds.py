@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from support.plugin_library import plugin_library
 from support.plugin_library import why_missing as why_no_library
 from support.rtx_standin import standin
 from support.rtx_standin import why_missing as why_no_standin
+from support.summary import TABLES
 from support.tensorrt_choices import lowering
 from support.true_width import sparse_checkpoint
 
@@ -49,23 +50,10 @@ TINY: dict[str, tuple[Kind, dict[str, Any]]] = {
     "sliding window": ("qwen2", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}),
     "qwen3 MoE": ("qwen3_moe", {"head_dim": 64, "norm_topk_prob": True}),
 }
-"""Sizes of heads are those that TensorRT's attention layer takes."""
-
-
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """Rows that are printed when the last build of this file is done."""
-    rows: list[str] = []
-    yield rows
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    assert terminal is not None
-    terminal.write_line("")
-    terminal.write_line(
-        f"{'engines built by TensorRT for RTX':<34}{'lowering':<10}{'type':<6}{'layers':>7}{'plugins':>8}"
-        f"{'engine MB':>11}{'weights as inputs MB':>22}{'seconds':>9}{'RSS MB':>8}"
-    )
-    for row in rows:
-        terminal.write_line(row)
+_HEAD = (
+    f"{'graph':<28}{'lowering':<10}{'type':<6}{'layers':>7}{'plugins':>8}{'engine MB':>11}"
+    f"{'weights as inputs MB':>22}{'seconds':>9}{'RSS MB':>8}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +82,11 @@ def _build(model: LoweredFile, *options: str, plugins: bool = True, timeout: flo
     return report
 
 
-def _row(name: str, how: str, dtype: str, model: LoweredFile, report: dict[str, Any]) -> str:
-    return (
-        f"{name:<34}{how:<10}{dtype:<6}{report['layers']:>7}{report['kinds'].get('PLUGIN_V3', 0):>8}"
+def _record(name: str, how: str, dtype: str, model: LoweredFile, report: dict[str, Any]) -> None:
+    """Add a row to the table that is printed at the end."""
+    table = TABLES.setdefault("engines built by TensorRT for RTX", [_HEAD])
+    table.append(
+        f"{name:<28}{how:<10}{dtype:<6}{report['layers']:>7}{report['kinds'].get('PLUGIN_V3', 0):>8}"
         f"{report['engine_bytes'] / 1e6:>11.2f}{model.input_bytes / 1e6:>22.1f}{report['seconds']:>9.2f}"
         f"{report['peak_bytes'] / 1e6:>8.0f}"
     )
@@ -116,14 +106,14 @@ def _check(model: LoweredFile, report: dict[str, Any], dtype: str) -> None:
 
 @pytest.mark.parametrize(("how", "dtype"), LOWERED_AS)
 @pytest.mark.parametrize("name", TRUE_WIDTHS)
-def test_layer_at_true_width_is_built(name: str, how: str, dtype: str, folder: Path, table: list[str]) -> None:
+def test_layer_at_true_width_is_built(name: str, how: str, dtype: str, folder: Path) -> None:
     checkpoint = folder / name
     if not checkpoint.exists():
         sparse_checkpoint(checkpoint, name)
     model = _lowered(checkpoint, how, dtype, capacity=CAPACITY, weight_inputs=True)
     report = _build(model)
     _check(model, report, dtype)
-    table.append(_row(f"{name}, one layer", how, dtype, model, report))
+    _record(f"{name}, one layer", how, dtype, model, report)
 
 
 @functools.cache
@@ -134,11 +124,11 @@ def _tiny(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize(("how", "dtype"), LOWERED_AS)
 @pytest.mark.parametrize("name", TINY)
-def test_tiny_model_is_built(name: str, how: str, dtype: str, folder: Path, table: list[str]) -> None:
+def test_tiny_model_is_built(name: str, how: str, dtype: str, folder: Path) -> None:
     model = _lowered(_tiny(folder, name), how, dtype, capacity=256, weight_inputs=False)
     report = _build(model, "--max-sequence", "256")
     _check(model, report, dtype)
-    table.append(_row(name, how, dtype, model, report))
+    _record(name, how, dtype, model, report)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
