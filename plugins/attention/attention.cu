@@ -17,11 +17,6 @@ bool isValid(AttentionShape const& shape) noexcept
         && shape.batch * shape.sequence * shape.numHeads <= kMaxGrid;
 }
 
-bool isAddress(void const* address) noexcept
-{
-    return address != nullptr && reinterpret_cast<uintptr_t>(address) % 16 == 0;
-}
-
 bool areValid(AttentionTensors const& tensors) noexcept
 {
     return isAddress(tensors.query) && isAddress(tensors.key) && isAddress(tensors.value) && isAddress(tensors.cos)

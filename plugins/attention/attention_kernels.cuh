@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(kAppendThreads) rotateAndAppend(Call<T> call)
 template <typename T, int32_t kChannels>
 __global__ void __launch_bounds__(kAttendThreads) attend(Call<T> call)
 {
-    __shared__ float maxima[kAttendWarps];
-    __shared__ float sums[kAttendWarps];
-    __shared__ float vectors[kAttendWarps][kChannels * kWarpSize];
+    QWENFORGE_SHARED(maxima, float[kAttendWarps]);
+    QWENFORGE_SHARED(sums, float[kAttendWarps]);
+    QWENFORGE_SHARED(vectors, float[kAttendWarps][kChannels * kWarpSize]);
     int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
     int32_t const warp = static_cast<int32_t>(threadIdx.x) / kWarpSize;
     int64_t const token = static_cast<int64_t>(blockIdx.x) / call.heads;

@@ -4,12 +4,23 @@
 
 #pragma once
 
+namespace qwenforge
+{
+template <typename T>
+struct SharedType
+{
+    using Type = T;
+};
+} // namespace qwenforge
+
+// QWENFORGE_SHARED(sums, float[8]) declares float sums[8] in shared memory.
 #ifdef QWENFORGE_SIMT
 #include "simt.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
+#define QWENFORGE_SHARED(name, ...) __shared__ typename qwenforge::SharedType<__VA_ARGS__>::Type name
 #define QWENFORGE_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #endif
 
@@ -79,6 +90,12 @@ __device__ __forceinline__ float warpMax(float value)
         value = isLarger(other, value) ? other : value;
     }
     return value;
+}
+
+// Whether 16-byte accesses may begin at `address`.
+inline bool isAddress(void const* address) noexcept
+{
+    return address != nullptr && reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }
 
 constexpr int64_t ceilDiv(int64_t value, int64_t divisor)

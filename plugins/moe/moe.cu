@@ -58,11 +58,6 @@ bool isValid(MoeShape const& shape) noexcept
         && shape.topK <= kMaxTopK && shape.topK <= shape.numExperts;
 }
 
-bool isAddress(void const* address) noexcept
-{
-    return address != nullptr && reinterpret_cast<uintptr_t>(address) % 16 == 0;
-}
-
 bool areValid(MoeShape const& shape, MoeTensors const& tensors) noexcept
 {
     return isAddress(tensors.hiddenStates) && isAddress(tensors.routerLogits) && isAddress(tensors.gateUpWeights)

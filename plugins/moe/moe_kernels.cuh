@@ -167,7 +167,7 @@ __device__ __forceinline__ int32_t blockSum(int32_t value, int32_t (&sums)[kSort
 // Block e counts the pairs of expert e; thread i looks at the pairs i, i + 256, ...
 __global__ void __launch_bounds__(kSortThreads) countPairs(Routing routing)
 {
-    __shared__ int32_t sums[kSortWarps];
+    QWENFORGE_SHARED(sums, int32_t[kSortWarps]);
     int32_t const expert = static_cast<int32_t>(blockIdx.x);
     int32_t const pairs = routing.tokens * routing.slots;
     int32_t count = 0;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kSortThreads) countPairs(Routing routing)
 // and in the lanes before its own.
 __global__ void __launch_bounds__(kSortThreads) placePairs(Routing routing)
 {
-    __shared__ int32_t sums[kSortWarps];
+    QWENFORGE_SHARED(sums, int32_t[kSortWarps]);
     int32_t const thread = static_cast<int32_t>(threadIdx.x);
     int32_t const lane = thread % kWarpSize;
     int32_t const warp = thread / kWarpSize;
@@ -341,8 +341,8 @@ template <typename T>
 __global__ void __launch_bounds__(kTileThreads) projectUp(Routing routing, T const* hiddenStates, T const* gateUpWeights,
     int32_t hiddenSize, int32_t intermediateSize, T* hidden)
 {
-    __shared__ Tile found;
-    __shared__ TileMemory memory;
+    QWENFORGE_SHARED(found, Tile);
+    QWENFORGE_SHARED(memory, TileMemory);
     Tile const tile = findTile(routing, found);
     if (tile.expert < 0)
     {
@@ -380,8 +380,8 @@ template <typename T>
 __global__ void __launch_bounds__(kTileThreads) projectDown(Routing routing, T const* hidden, T const* downWeights,
     int32_t hiddenSize, int32_t intermediateSize, float* partial)
 {
-    __shared__ Tile found;
-    __shared__ TileMemory memory;
+    QWENFORGE_SHARED(found, Tile);
+    QWENFORGE_SHARED(memory, TileMemory);
     Tile const tile = findTile(routing, found);
     if (tile.expert < 0)
     {

@@ -25,8 +25,8 @@ class BuildCommand(Command):
     help = "compile the engine of a TensorRT bundle"
     description = (
         "Compile the graph of a bundle that was exported for tensorrt or tensorrt-rtx into an engine, and put it into "
-        "the bundle together with what it was built for. TensorRT builds for the GPU it runs on; TensorRT for RTX builds "
-        "for all its GPUs anywhere, a machine without one included. Ctrl-C leaves the bundle as it was."
+        "the bundle together with what it was built for. TensorRT builds for the GPU it runs on; TensorRT for RTX "
+        "builds for all its GPUs anywhere, a machine without one included. Ctrl-C leaves the bundle as it was."
     )
     example = (
         "qwenforge build tiny-trt --device h200 --typical-prompt 1024 --typical-batch 4\n"

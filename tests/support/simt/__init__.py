@@ -1,0 +1,102 @@
+"""The plugins' kernels on the CPU: the emulator (simt.h) and the program that calls them (driver.cpp), from Python."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from support.plugin_library import cuda_folder
+from support.source_tree import ROOT
+
+Array = npt.NDArray[Any]
+_HERE = Path(__file__).parent
+_SOURCES = ("attention", "common", "moe")
+_CHECKED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
+
+
+class KernelError(Exception):
+    """The call failed: the emulator, AddressSanitizer or the launcher said no."""
+
+
+def why_missing() -> str:
+    """Why the kernels cannot be emulated here; empty when they can."""
+    if cuda_folder() is None:
+        return "no CUDA headers are installed: pip install --no-deps -r tests/requirements.txt"
+    return "" if shutil.which("g++") else "g++ is not installed"
+
+
+def run(
+    op: str,
+    dtype: str,
+    numbers: Sequence[float],
+    tensors: Sequence[Array],
+    *,
+    schedule: int = 0,
+    checked: bool = False,
+    sources: Path | None = None,
+) -> bytes:
+    """One call of the kernels of ``op`` (driver.cpp has the order of numbers and tensors); the outputs' bytes.
+
+    Args:
+        dtype: ``float16`` or ``bfloat16``, what the tensors of 16 bits hold.
+        schedule: the order in which threads run.
+        checked: with AddressSanitizer and UndefinedBehaviorSanitizer.
+        sources: a folder of changed sources in the place of ``plugins``.
+
+    Raises:
+        KernelError: the process did not end well; its last words are in the message.
+    """
+    command = [str(_driver(checked, sources)), str(schedule), op, dtype, *(repr(float(number)) for number in numbers)]
+    data = b"".join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors)
+    finished = subprocess.run(command, input=data, capture_output=True, check=False, timeout=300)
+    if finished.returncode:
+        raise KernelError(f"exit code {finished.returncode}: {finished.stderr.decode(errors='replace')[:2000]}")
+    return finished.stdout
+
+
+def changed_sources(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of the plugins' sources in ``folder``, the one occurrence of ``old`` in ``file`` replaced by ``new``."""
+    copy = shutil.copytree(ROOT / "plugins", folder / "plugins", ignore=shutil.ignore_patterns("__pycache__"))
+    path = copy / file
+    text = path.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise ValueError(f"{old!r} occurs {text.count(old)} times in {file}")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return Path(copy)
+
+
+@functools.cache
+def _driver(checked: bool, sources: Path | None) -> Path:
+    """The compiled driver, made once for its sources."""
+    folder = sources or ROOT / "plugins"
+    files = sorted(
+        path for name in _SOURCES for path in (folder / name).glob("*") if path.suffix in {".h", ".cuh", ".cu"}
+    )
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*files, _HERE / "simt.h", _HERE / "driver.cpp"]))
+    place = ROOT / "build" / "simt"
+    place.mkdir(parents=True, exist_ok=True)
+    program = place / f"{'checked' if checked else 'driver'}-{digest.hexdigest()[:16]}"
+    cuda = cuda_folder()
+    assert cuda is not None, why_missing()
+    command = ["g++", "-std=c++17", "-O1", "-DQWENFORGE_SIMT", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    command += [f"-I{folder}", f"-I{_HERE}", "-isystem", str(cuda / "include"), *(_CHECKED if checked else ())]
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            partial = program.with_suffix(".partial")
+            finished = subprocess.run(
+                [*command, str(_HERE / "driver.cpp"), "-o", str(partial)], capture_output=True, text=True, check=False
+            )
+            if finished.returncode:
+                raise KernelError(f"the kernels do not compile for the CPU: {finished.stderr[:4000]}")
+            partial.rename(program)
+    return program

@@ -1,0 +1,159 @@
+// Runs one call of the kernels under the emulator: `driver SCHEDULE OP TYPE NUMBERS...` with the input tensors on stdin,
+// one behind the other, and the output tensors on stdout. Tensors and workspace are allocated one by one, of their exact
+// size, outputs and workspace filled with 0xff (NaN).
+//
+//   moe        T C I E Es K normalize        hidden logits gateUp down [sharedGate]                    -> output
+//   attention  B S M P Hq Hk D window scale  query key value cos sin positions starts keys values      -> output keys values
+
+#include "attention/attention.cu"
+#include "moe/moe.cu"
+
+#include <iterator>
+
+cudaError_t cudaGetLastError()
+{
+    return cudaSuccess;
+}
+
+namespace
+{
+
+struct Free
+{
+    void operator()(void* address) const
+    {
+        std::free(address);
+    }
+};
+using Buffer = std::unique_ptr<void, Free>;
+
+Buffer filled(size_t bytes)
+{
+    void* address = nullptr;
+    if (posix_memalign(&address, 256, bytes == 0 ? 1 : bytes) != 0)
+    {
+        std::exit(71);
+    }
+    std::memset(address, 0xff, bytes);
+    return Buffer(address);
+}
+
+Buffer read(int64_t bytes)
+{
+    Buffer buffer = filled(static_cast<size_t>(bytes));
+    if (std::fread(buffer.get(), 1, static_cast<size_t>(bytes), stdin) != static_cast<size_t>(bytes))
+    {
+        std::fprintf(stderr, "driver: stdin ends before %lld bytes\n", static_cast<long long>(bytes));
+        std::exit(72);
+    }
+    return buffer;
+}
+
+void write(Buffer const& buffer, int64_t bytes)
+{
+    std::fwrite(buffer.get(), 1, static_cast<size_t>(bytes), stdout);
+}
+
+constexpr int64_t kElement = 2;
+
+cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
+{
+    qwenforge::MoeShape shape{};
+    shape.tokens = static_cast<int64_t>(n[0]);
+    shape.hiddenSize = static_cast<int32_t>(n[1]);
+    shape.intermediateSize = static_cast<int32_t>(n[2]);
+    shape.numExperts = static_cast<int32_t>(n[3]);
+    shape.numSharedExperts = static_cast<int32_t>(n[4]);
+    shape.topK = static_cast<int32_t>(n[5]);
+    shape.normalizeTopK = n[6] != 0;
+    int64_t const stored = shape.numExperts + shape.numSharedExperts;
+    int64_t const matrix = static_cast<int64_t>(shape.hiddenSize) * shape.intermediateSize;
+    int64_t const states = kElement * shape.tokens * shape.hiddenSize;
+    Buffer const hidden = read(states);
+    Buffer const logits = read(kElement * shape.tokens * shape.numExperts);
+    Buffer const gateUp = read(kElement * stored * 2 * matrix);
+    Buffer const down = read(kElement * stored * matrix);
+    Buffer const gates = read(shape.numSharedExperts > 0 ? kElement * shape.tokens : 0);
+    Buffer const output = filled(static_cast<size_t>(states));
+    size_t const bytes = qwenforge::moeWorkspaceBytes(shape);
+    Buffer const workspace = filled(bytes);
+    qwenforge::MoeTensors tensors{};
+    tensors.hiddenStates = hidden.get();
+    tensors.routerLogits = logits.get();
+    tensors.gateUpWeights = gateUp.get();
+    tensors.downWeights = down.get();
+    tensors.sharedGateLogits = shape.numSharedExperts > 0 ? gates.get() : nullptr;
+    tensors.output = output.get();
+    cudaError_t const error = qwenforge::launchMoe(shape, type, tensors, workspace.get(), bytes, nullptr);
+    write(output, states);
+    return error;
+}
+
+cudaError_t runAttention(std::vector<double> const& n, qwenforge::ElementType type)
+{
+    qwenforge::AttentionShape shape{};
+    shape.batch = static_cast<int64_t>(n[0]);
+    shape.sequence = static_cast<int64_t>(n[1]);
+    shape.capacity = static_cast<int64_t>(n[2]);
+    shape.positions = static_cast<int64_t>(n[3]);
+    shape.numHeads = static_cast<int32_t>(n[4]);
+    shape.numKeyValueHeads = static_cast<int32_t>(n[5]);
+    shape.headSize = static_cast<int32_t>(n[6]);
+    shape.slidingWindow = static_cast<int32_t>(n[7]);
+    shape.scale = static_cast<float>(n[8]);
+    int64_t const tokens = shape.batch * shape.sequence;
+    int64_t const queries = kElement * tokens * shape.numHeads * shape.headSize;
+    int64_t const keys = kElement * tokens * shape.numKeyValueHeads * shape.headSize;
+    int64_t const cache = kElement * shape.batch * shape.numKeyValueHeads * shape.capacity * shape.headSize;
+    int64_t const table = kElement * shape.positions * shape.headSize / 2;
+    Buffer const query = read(queries);
+    Buffer const key = read(keys);
+    Buffer const value = read(keys);
+    Buffer const cos = read(table);
+    Buffer const sin = read(table);
+    Buffer const positions = read(4 * tokens);
+    Buffer const starts = read(4 * shape.batch);
+    Buffer const keyCache = read(cache);
+    Buffer const valueCache = read(cache);
+    Buffer const output = filled(static_cast<size_t>(queries));
+    size_t const bytes = qwenforge::attentionWorkspaceBytes(shape);
+    Buffer const workspace = filled(bytes);
+    qwenforge::AttentionTensors tensors{};
+    tensors.query = query.get();
+    tensors.key = key.get();
+    tensors.value = value.get();
+    tensors.cos = cos.get();
+    tensors.sin = sin.get();
+    tensors.positionIds = static_cast<int32_t const*>(positions.get());
+    tensors.cachePosition = static_cast<int32_t const*>(starts.get());
+    tensors.keyCache = keyCache.get();
+    tensors.valueCache = valueCache.get();
+    tensors.output = output.get();
+    cudaError_t const error = qwenforge::launchAttention(shape, type, tensors, workspace.get(), bytes, nullptr);
+    write(output, queries);
+    write(keyCache, cache);
+    write(valueCache, cache);
+    return error;
+}
+
+} // namespace
+
+int main(int argc, char** argv)
+{
+    if (argc < 5)
+    {
+        return 64;
+    }
+    simt::schedule() = static_cast<unsigned>(std::atoi(argv[1]));
+    std::vector<double> numbers;
+    std::transform(argv + 4, argv + argc, std::back_inserter(numbers), [](char const* text) { return std::atof(text); });
+    bool const isHalf = std::strcmp(argv[3], "float16") == 0;
+    auto const type = isHalf ? qwenforge::ElementType::kFloat16 : qwenforge::ElementType::kBFloat16;
+    bool const isMoe = std::strcmp(argv[2], "moe") == 0;
+    if (numbers.size() != (isMoe ? 7 : 9))
+    {
+        return 64;
+    }
+    cudaError_t const error = isMoe ? runMoe(numbers, type) : runAttention(numbers, type);
+    return error == cudaSuccess ? 0 : 1;
+}

@@ -1,0 +1,396 @@
+// Runs CUDA kernels on the CPU, thread by thread, so that they can be tested without a GPU.
+//
+// Every CUDA thread of a block is a fiber; blocks run one after the other. A fiber runs until it has to wait: at
+// __syncthreads for the whole block, at a warp's collective (__shfl_xor_sync, __ballot_sync, ...) for the lanes in its
+// mask. In which order waiting fibers go on is decided by simt::schedule(): 0 is thread 0 first, 1 the last thread
+// first, every other number a shuffled order of its own. A kernel without races computes the same bits in all of them.
+//
+// It stops the process, with a sentence on stderr, where a GPU would hang or do something undefined: lanes that meet in
+// different collectives, a lane outside its own mask, a barrier or a collective that some threads never reach.
+// Shared variables are allocated for each block, filled with 0xff (NaN), and freed after it: with AddressSanitizer,
+// each has its own bounds.
+//
+// What it does not show: the memory model of the hardware (a fiber sees every earlier write at once), timing, and
+// anything of PTX.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace simt
+{
+
+constexpr int kLanes = 32;
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kLargestOperand = 16;
+
+inline unsigned& schedule()
+{
+    static unsigned number = 0;
+    return number;
+}
+
+enum class State
+{
+    kRunnable,
+    kAtBarrier,
+    kInCollective,
+    kDone,
+};
+
+struct Fiber
+{
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    State state;
+    void* fakeStack; // AddressSanitizer's
+};
+
+// The collective that the lanes of a warp are gathering for. Two sets of slots: a lane may enter the next collective
+// before the last lane has read the results of this one.
+struct Gathering
+{
+    uint32_t mask = 0;
+    uint32_t arrived = 0;
+    char const* name = nullptr;
+    unsigned round = 0;
+    unsigned char slots[2][kLanes][kLargestOperand];
+};
+
+struct Block
+{
+    dim3 size;
+    dim3 grid;
+    uint3 index;
+    int threads = 0;
+    int current = -1;
+    int atBarrier = 0;
+    int done = 0;
+    std::vector<Fiber> fibers;
+    std::vector<Gathering> warps;
+    std::map<std::string, std::vector<unsigned char>> shared;
+    std::function<void()> body;
+    ucontext_t scheduler;
+    void const* schedulerStack = nullptr;
+    size_t schedulerStackBytes = 0;
+    void* schedulerFakeStack = nullptr;
+};
+
+inline Block*& block()
+{
+    static Block* running = nullptr;
+    return running;
+}
+
+[[noreturn]] inline void fail(char const* what)
+{
+    Block const& b = *block();
+    std::fprintf(stderr, "simt: %s (block %u, %u, %u, thread %d)\n", what, b.index.x, b.index.y, b.index.z, b.current);
+    std::exit(70);
+}
+
+// Telling AddressSanitizer about the change of stacks, where it is there.
+inline void leaveStack([[maybe_unused]] void** fake, [[maybe_unused]] void const* to, [[maybe_unused]] size_t bytes)
+{
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(fake, to, bytes);
+#endif
+}
+
+inline void enterStack([[maybe_unused]] void* fake, [[maybe_unused]] void const** from, [[maybe_unused]] size_t* bytes)
+{
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, from, bytes);
+#endif
+}
+
+// Back to the scheduler, until it chooses this fiber again.
+inline void wait(State state)
+{
+    Block& b = *block();
+    Fiber& fiber = b.fibers[static_cast<size_t>(b.current)];
+    fiber.state = state;
+    leaveStack(&fiber.fakeStack, b.schedulerStack, b.schedulerStackBytes);
+    swapcontext(&fiber.context, &b.scheduler);
+    enterStack(fiber.fakeStack, &b.schedulerStack, &b.schedulerStackBytes);
+}
+
+inline void openBarrier(Block& b)
+{
+    b.atBarrier = 0;
+    for (Fiber& fiber : b.fibers)
+    {
+        if (fiber.state == State::kAtBarrier)
+        {
+            fiber.state = State::kRunnable;
+        }
+    }
+}
+
+inline void barrier()
+{
+    Block& b = *block();
+    if (++b.atBarrier == b.threads)
+    {
+        openBarrier(b);
+        b.fibers[static_cast<size_t>(b.current)].state = State::kRunnable;
+        return;
+    }
+    wait(State::kAtBarrier);
+}
+
+// Deposits `operand`, waits for the other lanes of `mask`, and gives the operands of all lanes.
+template <typename T>
+unsigned char const (*gather(uint32_t mask, T const& operand, char const* name))[kLargestOperand]
+{
+    static_assert(sizeof(T) <= kLargestOperand);
+    Block& b = *block();
+    int const lane = b.current % kLanes;
+    int const first = b.current - lane;
+    Gathering& warp = b.warps[static_cast<size_t>(b.current / kLanes)];
+    if ((mask >> lane & 1u) == 0)
+    {
+        fail("a lane is not in the mask of its own collective");
+    }
+    if (warp.arrived == 0)
+    {
+        warp.mask = mask;
+        warp.name = name;
+    }
+    else if (warp.mask != mask || std::strcmp(warp.name, name) != 0)
+    {
+        fail("the lanes of a warp meet in different collectives");
+    }
+    unsigned const round = warp.round;
+    auto* const slots = warp.slots[round % 2];
+    std::memcpy(slots[lane], &operand, sizeof(T));
+    warp.arrived |= 1u << lane;
+    if (warp.arrived != mask)
+    {
+        wait(State::kInCollective);
+        return slots;
+    }
+    warp.arrived = 0;
+    ++warp.round;
+    for (int other = 0; other < kLanes && first + other < b.threads; ++other)
+    {
+        Fiber& fiber = b.fibers[static_cast<size_t>(first + other)];
+        if ((mask >> other & 1u) != 0 && fiber.state == State::kInCollective)
+        {
+            fiber.state = State::kRunnable;
+        }
+    }
+    return slots;
+}
+
+template <typename T>
+T operandOf(unsigned char const (*slots)[kLargestOperand], int lane)
+{
+    T value;
+    std::memcpy(&value, slots[lane], sizeof(T));
+    return value;
+}
+
+inline void runFiber()
+{
+    Block& b = *block();
+    enterStack(nullptr, &b.schedulerStack, &b.schedulerStackBytes);
+    b.body();
+    Fiber& fiber = b.fibers[static_cast<size_t>(b.current)];
+    fiber.state = State::kDone;
+    ++b.done;
+    leaveStack(nullptr, b.schedulerStack, b.schedulerStackBytes);
+    swapcontext(&fiber.context, &b.scheduler);
+}
+
+inline void startFibers(Block& b)
+{
+    b.atBarrier = b.done = 0;
+    b.warps.assign(static_cast<size_t>((b.threads + kLanes - 1) / kLanes), Gathering{});
+    b.shared.clear();
+    for (Fiber& fiber : b.fibers)
+    {
+        if (fiber.stack == nullptr)
+        {
+            fiber.stack.reset(new char[kStackBytes]);
+        }
+        fiber.state = State::kRunnable;
+        fiber.fakeStack = nullptr;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, runFiber, 0);
+    }
+}
+
+inline void runBlock(Block& b, std::vector<int>& order, std::mt19937& random)
+{
+    startFibers(b);
+    while (b.done < b.threads)
+    {
+        if (schedule() > 1)
+        {
+            std::shuffle(order.begin(), order.end(), random);
+        }
+        bool ran = false;
+        for (int thread : order)
+        {
+            Fiber& fiber = b.fibers[static_cast<size_t>(thread)];
+            if (fiber.state != State::kRunnable)
+            {
+                continue;
+            }
+            ran = true;
+            b.current = thread;
+            leaveStack(&b.schedulerFakeStack, fiber.stack.get(), kStackBytes);
+            swapcontext(&b.scheduler, &fiber.context);
+            enterStack(b.schedulerFakeStack, nullptr, nullptr);
+        }
+        if (!ran)
+        {
+            std::fprintf(stderr, "simt: deadlock: %d threads wait at a barrier, %d in a collective of their warp, %d are done\n",
+                b.atBarrier, b.threads - b.done - b.atBarrier, b.done);
+            fail("some threads never come to where others wait");
+        }
+    }
+}
+
+// Runs all blocks of a grid; what the <<<>>> of CUDA does.
+inline void launch(dim3 grid, dim3 size, std::function<void()> body)
+{
+    if (grid.x * grid.y * grid.z == 0 || size.x * size.y * size.z == 0 || grid.y > 65535 || grid.z > 65535)
+    {
+        std::fprintf(stderr, "simt: a grid of %u x %u x %u blocks cannot be launched\n", grid.x, grid.y, grid.z);
+        std::exit(70);
+    }
+    Block b;
+    b.grid = grid;
+    b.size = size;
+    b.threads = static_cast<int>(size.x * size.y * size.z);
+    b.fibers.resize(static_cast<size_t>(b.threads));
+    b.body = std::move(body);
+    block() = &b;
+    std::mt19937 random(schedule());
+    std::vector<int> order(static_cast<size_t>(b.threads));
+    std::iota(order.begin(), order.end(), 0);
+    if (schedule() == 1)
+    {
+        std::reverse(order.begin(), order.end());
+    }
+    for (b.index.z = 0; b.index.z < grid.z; ++b.index.z)
+    {
+        for (b.index.y = 0; b.index.y < grid.y; ++b.index.y)
+        {
+            for (b.index.x = 0; b.index.x < grid.x; ++b.index.x)
+            {
+                runBlock(b, order, random);
+            }
+        }
+    }
+    block() = nullptr;
+}
+
+// The block's shared variable that is declared at `place`.
+template <typename T>
+T& shared(char const* place)
+{
+    std::vector<unsigned char>& bytes = block()->shared[place];
+    if (bytes.empty())
+    {
+        bytes.assign(sizeof(T), 0xff);
+    }
+    return *reinterpret_cast<T*>(bytes.data());
+}
+
+inline uint3 threadIndex()
+{
+    Block const& b = *block();
+    auto const thread = static_cast<unsigned>(b.current);
+    return {thread % b.size.x, thread / b.size.x % b.size.y, thread / (b.size.x * b.size.y)};
+}
+
+} // namespace simt
+
+#define threadIdx simt::threadIndex()
+#define blockIdx simt::block()->index
+#define blockDim simt::block()->size
+#define gridDim simt::block()->grid
+
+#undef __global__
+#undef __device__
+#undef __forceinline__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+#define SIMT_TEXT_OF(value) #value
+#define SIMT_TEXT(value) SIMT_TEXT_OF(value)
+#define QWENFORGE_SHARED(name, ...) \
+    auto& name = simt::shared<typename qwenforge::SharedType<__VA_ARGS__>::Type>(__FILE__ ":" SIMT_TEXT(__LINE__))
+#define QWENFORGE_LAUNCH(kernel, grid, block, stream, ...) \
+    (static_cast<void>(stream), simt::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
+
+inline void __syncthreads()
+{
+    simt::barrier();
+}
+
+inline void __syncwarp(uint32_t mask = 0xffffffffu)
+{
+    simt::gather(mask, 0, "__syncwarp");
+}
+
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, int distance)
+{
+    auto const* const slots = simt::gather(mask, value, "__shfl_xor_sync");
+    return simt::operandOf<T>(slots, (simt::block()->current % simt::kLanes) ^ distance);
+}
+
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int lane)
+{
+    auto const* const slots = simt::gather(mask, value, "__shfl_sync");
+    return simt::operandOf<T>(slots, lane % simt::kLanes);
+}
+
+inline uint32_t __ballot_sync(uint32_t mask, bool predicate)
+{
+    auto const* const slots = simt::gather(mask, predicate, "__ballot_sync");
+    uint32_t votes = 0;
+    for (int lane = 0; lane < simt::kLanes; ++lane)
+    {
+        bool const inMask = (mask >> lane & 1u) != 0;
+        votes |= inMask && simt::operandOf<bool>(slots, lane) ? 1u << lane : 0u;
+    }
+    return votes;
+}
+
+inline int __popc(uint32_t bits)
+{
+    return __builtin_popcount(bits);
+}
