@@ -22,20 +22,32 @@ import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from support.source_tree import ROOT
 
-WHEELS = {"onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0", "tensorrt-cu13-bindings": "11.4.0.106"}
-"""The wheels and the versions that go together: a private interface connects them."""
+Library = Literal["rtx", "lean"]
+"""What stands behind the bindings: TensorRT for RTX, or TensorRT's lean runtime with the real plugin registry."""
+
+WHEELS = {
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0",
+    "tensorrt-cu13-bindings": "11.4.0.106",
+    "tensorrt-lean-cu13-libs": "11.4.0.106",
+}
+"""The wheels and the versions that go together: a private interface connects the first two."""
 
 RTX_VERSION = "1.7.1"
 _SOURCE = Path(__file__).with_name("forwarding.c")
 _FORWARDED = ("libnvinfer.so.11", "libnvonnxparser.so.11", "libnvinfer_plugin.so.11")
-_LINKS = {
-    "libtensorrt_rtx.so.1": f"libtensorrt_rtx.so.{RTX_VERSION}",
-    # Loading a plugin library makes the parser look for this name, and abort where it is not found.
-    "libtensorrt_rtx.so": f"libtensorrt_rtx.so.{RTX_VERSION}",
-    "libtensorrt_onnxparser_rtx.so.1": f"libtensorrt_onnxparser_rtx.so.{RTX_VERSION}",
+_RTX, _LEAN = f"libtensorrt_rtx.so.{RTX_VERSION}", "libnvinfer_lean.so.11"
+_LINKS: dict[Library, dict[str, str]] = {
+    "rtx": {
+        "libtensorrt_rtx.so.1": _RTX,
+        # Loading a plugin library makes the parser look for this name, and abort where it is not found.
+        "libtensorrt_rtx.so": _RTX,
+        "libtensorrt_onnxparser_rtx.so.1": f"libtensorrt_onnxparser_rtx.so.{RTX_VERSION}",
+    },
+    "lean": {_LEAN: _LEAN},
 }
 _MODULE = """\
 \"\"\"NVIDIA's bindings under the name of the package that a user has installed.\"\"\"
@@ -90,11 +102,12 @@ def why_missing() -> str:
 
 
 @functools.cache
-def standin() -> Standin:
+def standin(library: Library = "rtx") -> Standin:
     """The stand-in, made in build/rtx-standin unless it is there; RuntimeError where :func:`why_missing` says why."""
     if reason := why_missing():
         raise RuntimeError(reason)
-    made_of = _SOURCE.read_bytes() + Path(__file__).read_bytes() + str(_wheel_folder()).encode()
+    wheels = _wheel_folder(library)
+    made_of = _SOURCE.read_bytes() + Path(__file__).read_bytes() + f"{library} {wheels}".encode()
     folder = ROOT / "build" / "rtx-standin" / hashlib.sha256(made_of).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "lock").open("w") as lock:
@@ -102,23 +115,24 @@ def standin() -> Standin:
         if not folder.is_dir():
             partial = folder.with_name(f"partial-{os.getpid()}")
             shutil.rmtree(partial, ignore_errors=True)
-            _make(partial)
+            _make(partial, library, wheels)
             partial.rename(folder)
     return Standin(folder / "lib", folder / "python")
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, library: Library, wheels: Path) -> None:
     libraries = folder / "lib"
     libraries.mkdir(parents=True)
     for name in _FORWARDED:
         # The plain command line that any gcc or clang takes; three sonames, one source.
         subprocess.run(
             [str(_compiler()), "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{name}"]
+            + [f'-DTENSORRT="{_LEAN}"' if library == "lean" else "-UTENSORRT"]
             + ["-o", str(libraries / name), str(_SOURCE), "-ldl"],
             check=True,
         )
-    for link, name in _LINKS.items():
-        (libraries / link).symlink_to(_wheel_folder() / name)
+    for link, name in _LINKS[library].items():
+        (libraries / link).symlink_to(wheels / name)
     versions = {"tensorrt": WHEELS["tensorrt-cu13-bindings"], "tensorrt_rtx": RTX_VERSION}
     for package, version in versions.items():
         path = folder / "python" / package / "__init__.py"
@@ -126,11 +140,14 @@ def _make(folder: Path) -> None:
         path.write_text(_MODULE.format(version=version), encoding="utf-8")
 
 
-def _wheel_folder() -> Path:
-    """The folder of the first wheel's libraries; found without importing it, which would load them."""
-    files = metadata.files("onnxruntime-ep-nv-tensorrt-rtx-cu13") or []
-    library = next(file for file in files if file.name == f"libtensorrt_rtx.so.{RTX_VERSION}")
-    return Path(str(library.locate())).resolve().parent
+def _wheel_folder(library: Library) -> Path:
+    """The folder of the wheel's libraries; found without importing it, which would load them."""
+    wheel, name = {
+        "rtx": ("onnxruntime-ep-nv-tensorrt-rtx-cu13", _RTX),
+        "lean": ("tensorrt-lean-cu13-libs", _LEAN),
+    }[library]
+    found = next(file for file in metadata.files(wheel) or [] if file.name == name)
+    return Path(str(found.locate())).resolve().parent
 
 
 def _compiler() -> str | None:

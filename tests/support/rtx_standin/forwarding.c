@@ -5,7 +5,14 @@
  * Its factories take the version of the headers they were called with and refuse any but their own, so every call passes
  * the version that the RTX library itself reports. The classes behind the factories have the same virtual functions as
  * TensorRT 11 as far as parsing and building go; INetworkDefinition's layer functions do not match (see __init__.py).
+ *
+ * Compiled with another library's name as TENSORRT it forwards to that one: to TensorRT's lean runtime, whose plugin
+ * registry is the real one.
  */
+#ifndef TENSORRT
+#define TENSORRT "libtensorrt_rtx.so.1"
+#endif
+
 #include <dlfcn.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -26,7 +33,7 @@ static void* function(char const* library, char const* name)
 
 static void* rtx(char const* name)
 {
-    return function("libtensorrt_rtx.so.1", name);
+    return function(TENSORRT, name);
 }
 
 static void* parser(char const* name)

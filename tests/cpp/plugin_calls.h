@@ -1,0 +1,283 @@
+// What the contract's checks are made of: valid fields and tensors of each plugin, and small stand-ins for the objects
+// that TensorRT hands to a plugin.
+
+#pragma once
+
+#include "attention_spec.h"
+#include "common/tensorrt.h"
+#include "moe_spec.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+// Fields with data of their own; change them one by one.
+struct Fields
+{
+    std::vector<nvinfer1::PluginField> fields;
+    std::deque<qwenforge::AttributeValue> values;
+
+    Fields(qwenforge::OpSpec const& spec, std::vector<double> const& numbers)
+    {
+        for (int32_t i = 0; i < spec.attributeCount; ++i)
+        {
+            bool const isInt = spec.attributes[i].type == qwenforge::AttributeType::kInt;
+            qwenforge::AttributeValue value{};
+            double const number = numbers[static_cast<size_t>(i)];
+            isInt ? value.integer = static_cast<int32_t>(number) : value.real = static_cast<float>(number);
+            values.push_back(value);
+            fields.emplace_back(spec.attributes[i].name, &values.back(),
+                isInt ? nvinfer1::PluginFieldType::kINT32 : nvinfer1::PluginFieldType::kFLOAT32, 1);
+        }
+    }
+
+    nvinfer1::PluginFieldCollection collection() const
+    {
+        nvinfer1::PluginFieldCollection result{};
+        result.nbFields = static_cast<int32_t>(fields.size());
+        result.fields = fields.data();
+        return result;
+    }
+};
+
+inline nvinfer1::Dims dims(std::vector<int64_t> const& sizes)
+{
+    nvinfer1::Dims result{};
+    result.nbDims = static_cast<int32_t>(sizes.size());
+    for (size_t i = 0; i < sizes.size(); ++i)
+    {
+        result.d[i] = sizes[i];
+    }
+    return result;
+}
+
+// One plugin under test: its fields, and the tensors of a call by the sizes that the tensors bring.
+struct Subject
+{
+    qwenforge::OpSpec const* spec;
+    std::vector<double> numbers;
+    std::vector<int64_t> sizes; // by index of the specification, as in a small call
+
+    std::vector<nvinfer1::PluginTensorDesc> tensors(
+        std::vector<int64_t> const& given, nvinfer1::DataType type = nvinfer1::DataType::kHALF) const
+    {
+        Fields const fields(*spec, numbers);
+        std::vector<qwenforge::AttributeValue> values(fields.values.begin(), fields.values.end());
+        std::vector<nvinfer1::PluginTensorDesc> result;
+        auto const add = [&](qwenforge::TensorSpec const& tensor) {
+            nvinfer1::PluginTensorDesc desc{};
+            desc.dims.nbDims = tensor.rank;
+            for (int32_t axis = 0; axis < tensor.rank; ++axis)
+            {
+                qwenforge::DimensionSpec const& dimension = tensor.shape[axis];
+                desc.dims.d[axis] = dimension.size >= 0 ? given[static_cast<size_t>(dimension.size)]
+                                                        : dimension.expression(values.data());
+            }
+            desc.type = tensor.typeVariable >= 0 ? type : tensor.type;
+            desc.format = nvinfer1::TensorFormat::kLINEAR;
+            result.push_back(desc);
+        };
+        for (int32_t i = 0; i < spec->inputCount; ++i)
+        {
+            add(spec->inputs[i]);
+        }
+        for (int32_t i = 0; i < spec->outputCount; ++i)
+        {
+            add(spec->outputs[i]);
+        }
+        return result;
+    }
+
+    std::vector<nvinfer1::PluginTensorDesc> tensors() const
+    {
+        return tensors(sizes);
+    }
+
+    int32_t inputs() const
+    {
+        return spec->inputCount;
+    }
+    int32_t outputs() const
+    {
+        return spec->outputCount;
+    }
+};
+
+inline std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic(std::vector<nvinfer1::PluginTensorDesc> const& tensors)
+{
+    std::vector<nvinfer1::DynamicPluginTensorDesc> result;
+    for (nvinfer1::PluginTensorDesc const& tensor : tensors)
+    {
+        result.push_back({tensor, tensor.dims, tensor.dims, tensor.dims});
+    }
+    return result;
+}
+
+inline int64_t bytesOf(nvinfer1::PluginTensorDesc const& tensor)
+{
+    int64_t count = tensor.type == nvinfer1::DataType::kINT32 ? 4 : 2;
+    for (int32_t axis = 0; axis < tensor.dims.nbDims; ++axis)
+    {
+        count *= tensor.dims.d[axis];
+    }
+    return count;
+}
+
+// Zeroed memory for the tensors of a call; an output that aliases an input has its address.
+struct Memory
+{
+    std::vector<std::unique_ptr<char, void (*)(void*)>> blocks;
+    std::vector<void const*> inputs;
+    std::vector<void*> outputs;
+
+    Memory(Subject const& subject, std::vector<nvinfer1::PluginTensorDesc> const& tensors)
+    {
+        for (int32_t i = 0; i < subject.inputs() + subject.outputs(); ++i)
+        {
+            auto const bytes = static_cast<size_t>(bytesOf(tensors[static_cast<size_t>(i)]));
+            void* address = nullptr;
+            if (posix_memalign(&address, 256, bytes == 0 ? 1 : bytes) != 0)
+            {
+                std::abort();
+            }
+            std::memset(address, 0, bytes);
+            blocks.emplace_back(static_cast<char*>(address), std::free);
+            if (i < subject.inputs())
+            {
+                inputs.push_back(address);
+                continue;
+            }
+            int32_t const alias = subject.spec->outputs[i - subject.inputs()].aliases;
+            outputs.push_back(alias < 0 ? address : const_cast<void*>(inputs[static_cast<size_t>(alias)]));
+        }
+    }
+};
+
+// TensorRT's expressions: constants and named symbols, which is all that these plugins need.
+class Expression final : public nvinfer1::IDimensionExpr, private nvinfer1::apiv::VDimensionExpr
+{
+public:
+    explicit Expression(int64_t value, std::string name = "")
+        : mValue(value)
+        , mName(std::move(name))
+    {
+        mImpl = this;
+    }
+    std::string text() const
+    {
+        return mName.empty() ? std::to_string(mValue) : mName;
+    }
+
+private:
+    bool isConstant() const override
+    {
+        return mName.empty();
+    }
+    int64_t getConstantValue() const override
+    {
+        return mValue;
+    }
+    bool isSizeTensor() const override
+    {
+        return false;
+    }
+    int64_t mValue;
+    std::string mName;
+};
+
+class Expressions final : public nvinfer1::IExprBuilder, private nvinfer1::apiv::VExprBuilder
+{
+public:
+    Expressions()
+    {
+        mImpl = this;
+    }
+    nvinfer1::IDimensionExpr const* symbol(std::string const& name)
+    {
+        mMade.push_back(std::make_unique<Expression>(0, name));
+        return mMade.back().get();
+    }
+    nvinfer1::IDimensionExpr const* constant(int64_t value) override
+    {
+        mMade.push_back(std::make_unique<Expression>(value));
+        return mMade.back().get();
+    }
+
+private:
+    nvinfer1::IDimensionExpr const* operation(nvinfer1::DimensionOperation, nvinfer1::IDimensionExpr const&,
+        nvinfer1::IDimensionExpr const&) override
+    {
+        return nullptr;
+    }
+    nvinfer1::IDimensionExpr const* declareSizeTensor(
+        int32_t, nvinfer1::IDimensionExpr const&, nvinfer1::IDimensionExpr const&) override
+    {
+        return nullptr;
+    }
+    std::vector<std::unique_ptr<Expression>> mMade;
+};
+
+// Keeps what is reported, and counts references.
+class Recorder final : public nvinfer1::IErrorRecorder
+{
+public:
+    std::string last;
+    int32_t references = 0;
+
+    int32_t getNbErrors() const noexcept override
+    {
+        return last.empty() ? 0 : 1;
+    }
+    nvinfer1::ErrorCode getErrorCode(int32_t) const noexcept override
+    {
+        return nvinfer1::ErrorCode::kUNSPECIFIED_ERROR;
+    }
+    ErrorDesc getErrorDesc(int32_t) const noexcept override
+    {
+        return last.c_str();
+    }
+    bool hasOverflowed() const noexcept override
+    {
+        return false;
+    }
+    void clear() noexcept override
+    {
+        last.clear();
+    }
+    bool reportError(nvinfer1::ErrorCode, ErrorDesc text) noexcept override
+    {
+        last = text;
+        return true;
+    }
+    RefCount incRefCount() noexcept override
+    {
+        return ++references;
+    }
+    RefCount decRefCount() noexcept override
+    {
+        return --references;
+    }
+};
+
+class Context final : public nvinfer1::IPluginResourceContext
+{
+public:
+    explicit Context(Recorder& recorder)
+        : mRecorder(&recorder)
+    {
+    }
+    nvinfer1::IGpuAllocator* getGpuAllocator() const noexcept override
+    {
+        return nullptr;
+    }
+    nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept override
+    {
+        return mRecorder;
+    }
+
+private:
+    Recorder* mRecorder;
+};
