@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwenforge.engine.units import size, thousands
-from qwenforge.manifest import Manifest
+from qwenforge.manifest import EngineRecord, LoweringRecord, Manifest
 
 
 def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -35,7 +35,40 @@ def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]
         ("model", geometry),
         ("verification", _verification(manifest)),
         ("files", files),
+        *([("lowering", _lowering(manifest.lowering))] if manifest.lowering is not None else []),
+        *([("engine", summarize_engine(manifest.engine))] if manifest.engine is not None else []),
     ] + ([("tools", list(manifest.tool_versions.items()))] if manifest.tool_versions else [])
+
+
+def _lowering(record: LoweringRecord) -> list[tuple[str, str]]:
+    """What a TensorRT graph was lowered for."""
+    return [
+        ("device", f"{record.device} (SM {record.sm})" if record.device else "every one of TensorRT for RTX"),
+        ("TensorRT", record.tensorrt),
+        ("attention", record.attention),
+        ("experts", record.moe),
+        ("weights as", record.weights_as),
+    ]
+
+
+def summarize_engine(record: EngineRecord) -> list[tuple[str, str]]:
+    """What an engine was built for, and how."""
+    rows = [
+        ("file", record.file),
+        ("device", f"{record.device} (SM {record.sm})" if record.device else "every one of TensorRT for RTX"),
+        ("built by", f"{record.module} {record.tensorrt}"),
+        ("CUDA of the driver", record.driver or "built without a GPU"),
+        ("plugin library", record.plugin_library or "none"),
+        ("layers", str(record.layers)),
+        ("took", f"{record.build_seconds:.1f} s, {size(record.peak_build_bytes)} of memory"),
+    ]
+    for profile in record.profiles:
+        typical, most = (" x ".join(map(str, shapes["input_ids"])) for shapes in (profile.typical, profile.maximum))
+        rows.append((f"profile {profile.name}", f"tuned for {typical} tokens, up to {most}"))
+    rows += [
+        (name.replace("_", " "), str(value)) for name, value in record.options.items() if value not in (None, False)
+    ]
+    return rows
 
 
 def _verification(manifest: Manifest) -> list[tuple[str, str]]:

@@ -154,6 +154,8 @@ def _decide(bundle: Bundle, options: BuildOptions, gpu: LocalGpu | None) -> _Job
     cache = options.timing_cache
     if target == TENSORRT_RTX:
         cache = None  # it has no timings to keep: kernels are chosen on the device
+        if not hasattr(module, "ComputeCapability"):
+            device = None  # this module cannot leave devices out
     elif cache == Path():
         assert device is not None
         cache = timing_cache.default_path(device.name, device.sm, module.__version__, gpu.driver if gpu else None)
@@ -263,7 +265,7 @@ def _configure(job: _Job, config: Any) -> None:
                 f"TensorRT {trt.__version__} has no --hardware-compatible {options.hardware_compatible}; leave it out."
             )
         config.hardware_compatibility_level = level
-    if job.target == TENSORRT_RTX and job.device is not None and hasattr(trt, "ComputeCapability"):
+    if job.target == TENSORRT_RTX and job.device is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job.device.sm}"), 0)
 

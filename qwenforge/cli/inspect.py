@@ -15,22 +15,31 @@ if TYPE_CHECKING:
     from qwenforge.bundle import Bundle
     from qwenforge.engine.inspection import Inspection
     from qwenforge.engine.layer_drawing import DrawnNode
+    from qwenforge.engine.tensorrt.inspection import EngineInspection
 
 
 class InspectCommand(Command):
     """Report on a bundle or an ONNX model without loading its weights."""
 
     name = "inspect"
-    help = "show what is in a bundle or an ONNX model"
+    help = "show what is in a bundle, an ONNX model or an engine"
     description = (
         "Show which operators a model consists of, what is fused, parameters and bytes by kind, and every layer. Works "
-        "on any ONNX model; of a bundle it also checks the files and shows the manifest. Weights are not loaded."
+        "on any ONNX model; of a bundle it also checks the files and shows the manifest. Weights are not loaded. Of a "
+        "TensorRT engine it shows what it was built for and, on a GPU that can load it, TensorRT's own layers."
     )
-    example = "qwenforge inspect ./tiny-bundle --html tiny.html"
+    example = (
+        "qwenforge inspect ./tiny-bundle --html tiny.html\nqwenforge inspect ./tiny-rtx/engine.0123456789ab.plan --json"
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare MODEL, --verify, --html and --json."""
-        parser.add_argument("model", metavar="BUNDLE|MODEL.onnx", type=Path, help="a bundle folder or an ONNX file")
+        parser.add_argument(
+            "model",
+            metavar="BUNDLE|MODEL.onnx|ENGINE",
+            type=Path,
+            help="a bundle folder, an ONNX file or an engine (*.plan)",
+        )
         parser.add_argument(
             "--verify",
             choices=("quick", "full"),
@@ -45,6 +54,8 @@ class InspectCommand(Command):
         from qwenforge.engine.inspection import inspect_model, read_model
         from qwenforge.engine.layer_recognition import recognize_layers
 
+        if args.model.suffix in (".plan", ".engine"):
+            return _inspect_engine(args)
         bundle = _open_bundle(args.model, args.verify)
         model = read_model(bundle.model_path if bundle is not None else args.model)
         layers = recognize_layers(model.graph)
@@ -59,6 +70,42 @@ class InspectCommand(Command):
         else:
             _print_text(report, bundle, args)
         return EXIT_DONE
+
+
+def _inspect_engine(args: argparse.Namespace) -> int:
+    from qwenforge.engine.tensorrt.inspection import inspect_engine
+    from qwenforge.errors import UserError
+
+    if args.html is not None:
+        raise UserError("--html draws graphs, and an engine has none; give the bundle's folder.")
+    report = inspect_engine(args.model)
+    if args.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        _print_engine(report)
+    return EXIT_DONE
+
+
+def _print_engine(report: EngineInspection) -> None:
+    from rich.console import Console
+
+    from qwenforge.engine.bundle_summary import summarize_engine
+    from qwenforge.engine.units import size
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{report.path.name}: {size(report.bytes)}", markup=False)
+    if report.record is not None:
+        for name, value in summarize_engine(report.record):
+            console.print(f"  {name:<20} {value}", markup=False)
+    if report.network is not None:
+        operators = ", ".join(f"{item.count} {item.operator}" for item in report.network.operators)
+        console.print(f"built from {report.network.nodes} nodes: {operators}", markup=False)
+    for layer in report.layers or []:
+        console.print(
+            layer if isinstance(layer, str) else f"{layer.get('LayerType')}: {layer.get('Name')}", markup=False
+        )
+    for sentence in report.unknown:
+        console.print(f"not known: {sentence}", markup=False)
 
 
 def _open_bundle(path: Path, verify: Any) -> Bundle | None:

@@ -29,7 +29,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "optimize": "run the graph passes on any ONNX model",
         "run": "generate text with a bundle",
         "bench": "measure latency, throughput and memory of a bundle",
-        "inspect": "show what is in a bundle or an ONNX model",
+        "inspect": "show what is in a bundle, an ONNX model or an engine",
     }
 )
 """Every verb and its one-line help, in pipeline order; verb ``x`` is implemented in ``qwenforge.cli.x``."""
