@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 
 DISTRIBUTION = "qwenforge"
-_MODULE_OF = {"onnx-ir": "onnx_ir"}
+_MODULE_OF = {"onnx-ir": "onnx_ir", "pyyaml": "yaml"}
 _REQUIREMENT = re.compile(
     r"""(?P<name>[\w.-]+) \s* (?:>=\s*(?P<minimum>[\w.]+))? [^;]* (?:;.*extra\s*==\s*['"](?P<extra>\w+)['"])? .*""",
     re.VERBOSE,

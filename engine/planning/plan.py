@@ -29,6 +29,8 @@ EXPORT_FIXED_BYTES = 1_200_000_000
 """An export's memory besides twice its largest tensor."""
 BUILDER_BYTES = 3 * GB
 """A TensorRT builder's own memory, kernels and tactics included; an estimate."""
+BUILD_COPIES = 3
+"""Copies of the weights while an engine is built: as parsed, in the builder's form, serialized (TensorRT for RTX)."""
 PREFILL_TOKENS = 2048
 """Tokens of a prefill step that the workspace is sized for."""
 DEVICE_COUNTS = {"datacenter": (1, 2, 4, 8, 16), "geforce": (1, 2, 4), "jetson": (1,)}
@@ -183,7 +185,7 @@ def _plan_recipe(
         workspace_bytes=workspace,
         devices=count,
         device_bytes=(weights + cache) / split + workspace,
-        build_bytes_constants=BUILDER_BYTES + 2 * weights / split,
+        build_bytes_constants=BUILDER_BYTES + BUILD_COPIES * weights / split,
         build_bytes_inputs=BUILDER_BYTES + 2 * parameters.largest * 2.0,
         ttft=_prefill(config, parameters, device, workload, recipe, split),
         itl=_decode(config, parameters, device, workload, recipe, split),

@@ -22,7 +22,7 @@ from qwenforge.engine.tensorrt import timing_cache
 from qwenforge.engine.tensorrt.compatibility import export_command, require_build_device
 from qwenforge.engine.tensorrt.gpu import LocalGpu, local_gpu
 from qwenforge.engine.tensorrt.logger import make_logger
-from qwenforge.engine.tensorrt.memory import memory_need, require_memory
+from qwenforge.engine.tensorrt.memory import MemoryNeed, memory_need, require_memory
 from qwenforge.engine.tensorrt.modules import MODULES, import_tensorrt, numbers, require_version
 from qwenforge.engine.tensorrt.options import BuildOptions
 from qwenforge.engine.tensorrt.parser_errors import build_problem, parse_problem
@@ -39,12 +39,22 @@ _ALIASED = "ALIASED_PLUGIN_IO_10_03"
 
 @dataclass(frozen=True)
 class BuildReport:
-    """The engine of a bundle; ``built`` is False where the bundle held just this engine already."""
+    """The engine of a bundle.
+
+    Attributes:
+        bundle: its folder.
+        record: what the manifest says of it.
+        engine_bytes: its size.
+        built: False where the bundle held just this engine already.
+        memory_bound: what the build was expected to take of host memory at most, in bytes.
+        warnings: TensorRT's.
+    """
 
     bundle: Path
     record: EngineRecord
     engine_bytes: int
     built: bool
+    memory_bound: int
     warnings: tuple[str, ...] = ()
 
 
@@ -62,6 +72,7 @@ class _Job:
     gpu: LocalGpu | None
     library: PluginLibrary | None
     cache: Path | None
+    memory: MemoryNeed
 
 
 def build_engine(
@@ -118,7 +129,12 @@ def build_engine(
         scratch.unlink(missing_ok=True)
     assert manifest.engine is not None
     return BuildReport(
-        bundle, manifest.engine, manifest.files[manifest.engine.file].bytes, True, tuple(logger.warnings)
+        bundle,
+        manifest.engine,
+        manifest.files[manifest.engine.file].bytes,
+        True,
+        job.memory.host,
+        tuple(logger.warnings),
     )
 
 
@@ -140,9 +156,8 @@ def _decide(bundle: Bundle, options: BuildOptions, gpu: LocalGpu | None) -> _Job
     device = _device(bundle, lowering, options.device)
     profiles = profile_shapes(manifest, options.sizes)
     require_build_device(target, device, gpu, str(bundle.path))
+    need = memory_need(manifest, *profiles[0].maximum["input_ids"], rtx=target == TENSORRT_RTX)
     if options.check_memory:
-        largest = profiles[0].maximum["input_ids"]
-        need = memory_need(manifest, *largest, rtx=target == TENSORRT_RTX)
         at_hand = gpu is not None and target != TENSORRT_RTX
         require_memory(
             need, describe().available_bytes, device, gpu.memory_bytes if gpu is not None and at_hand else None
@@ -159,7 +174,7 @@ def _decide(bundle: Bundle, options: BuildOptions, gpu: LocalGpu | None) -> _Job
     elif cache == Path():
         assert device is not None
         cache = timing_cache.default_path(device.name, device.sm, module.__version__, gpu.driver if gpu else None)
-    return _Job(bundle, lowering, target, device, options, profiles, module, gpu, library, cache)
+    return _Job(bundle, lowering, target, device, options, profiles, module, gpu, library, cache, need)
 
 
 def _device(bundle: Bundle, lowering: LoweringRecord, asked: str | None) -> Device | None:
@@ -202,7 +217,8 @@ def _up_to_date(job: _Job) -> BuildReport | None:
     )
     if not same:
         return None
-    return BuildReport(job.bundle.path, record, job.bundle.manifest.files[record.file].bytes, False)
+    size = job.bundle.manifest.files[record.file].bytes
+    return BuildReport(job.bundle.path, record, size, False, job.memory.host)
 
 
 def _compile(job: _Job, logger: Any, cancelled: threading.Event, progress: Progress) -> tuple[Any, int]:

@@ -10,11 +10,8 @@ from typing import Any
 
 from qwenforge.bundle import Bundle
 from qwenforge.engine.inspection import Inspection, inspect_model, read_model
-from qwenforge.engine.tensorrt.compatibility import require_engine
 from qwenforge.engine.tensorrt.gpu import LocalGpu, local_gpu
-from qwenforge.engine.tensorrt.logger import make_logger
-from qwenforge.engine.tensorrt.modules import import_tensorrt
-from qwenforge.engine.tensorrt.plugin_library import find_plugin_library, register
+from qwenforge.engine.tensorrt.load import load_engine
 from qwenforge.errors import BundleError, UserError
 from qwenforge.manifest import MANIFEST_NAME, EngineRecord
 
@@ -72,25 +69,15 @@ def inspect_engine(path: Path, *, gpu: Callable[[], LocalGpu | None] = local_gpu
         return EngineInspection(path, size, None, None, None, (other,))
     network = inspect_model(read_model(bundle.model_path), path.name)
     try:
-        return EngineInspection(path, size, record, network, _inspector_layers(bundle, record, path, gpu()), ())
+        return EngineInspection(path, size, record, network, _inspector_layers(bundle, gpu), ())
     except UserError as error:
         unknown = f"the engine's own layers, tactics and formats: {error}"
         return EngineInspection(path, size, record, network, None, (unknown,))
 
 
-def _inspector_layers(bundle: Bundle, record: EngineRecord, path: Path, gpu: LocalGpu | None) -> list[Any]:
+def _inspector_layers(bundle: Bundle, gpu: Callable[[], LocalGpu | None]) -> list[Any]:
     """The layers that TensorRT's inspector names; UserError where the engine cannot be loaded here."""
-    if gpu is None:
-        raise UserError("TensorRT loads an engine on its GPU only, and none is visible here.")
-    module = import_tensorrt(record.target)
-    library = find_plugin_library(None) if record.plugin_library is not None else None
-    require_engine(bundle, gpu, module.__version__, library.version if library is not None else None)
-    logger = make_logger(module)
-    if library is not None:
-        register(module, library)
-    engine = module.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise UserError(f"TensorRT {module.__version__} does not load it: {' '.join(logger.errors[:1])}")
+    module, engine = load_engine(bundle, gpu=gpu)
     text = engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON)
     layers: list[Any] = json.loads(text)["Layers"]
     return layers

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from math import prod
 
 from qwenforge.devices import Device
-from qwenforge.engine.planning.plan import BUILDER_BYTES, CONTEXT_BYTES, SYSTEM_BYTES
+from qwenforge.engine.planning.plan import BUILD_COPIES, BUILDER_BYTES, CONTEXT_BYTES, SYSTEM_BYTES
 from qwenforge.engine.units import size
 from qwenforge.errors import UserError
 from qwenforge.manifest import Manifest, TensorSpec
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
-RTX_BUILDER_BYTES = 700_000_000
+RTX_BUILDER_BYTES = 800_000_000
 """What TensorRT for RTX takes besides the weights: it compiles kernels later, on the device."""
 
 
@@ -22,7 +22,8 @@ class MemoryNeed:
     """Bytes that a build takes on the host and that the engine takes on its device; estimates.
 
     Attributes:
-        host: the builder and twice the weights that go into the engine.
+        host: the builder, and the weights that go into the engine three times: as parsed, in the builder's own form and
+            in the serialized engine.
         weights: on the device, in the engine or bound to it.
         caches: keys and values of the largest batch.
         logits: the logits and activations of the largest prompt, roughly.
@@ -46,7 +47,7 @@ def memory_need(manifest: Manifest, batch: int, longest: int, *, rtx: bool) -> M
     caches = [spec for spec in manifest.inputs if spec.name.startswith("past_key_values.")]
     hidden, vocabulary = manifest.model.hidden_size, manifest.model.vocab_size
     return MemoryNeed(
-        host=(RTX_BUILDER_BYTES if rtx else int(BUILDER_BYTES)) + 2 * stored,
+        host=(RTX_BUILDER_BYTES if rtx else int(BUILDER_BYTES)) + BUILD_COPIES * stored,
         weights=stored + bound,
         caches=batch * _volume(caches),
         logits=4 * batch * vocabulary + 16 * batch * longest * hidden,

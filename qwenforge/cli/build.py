@@ -137,6 +137,7 @@ def _as_json(report: BuildReport) -> dict[str, Any]:
         "bundle": str(report.bundle),
         "built": report.built,
         "engine_bytes": report.engine_bytes,
+        "memory_bound_bytes": report.memory_bound,
         "engine": record,
         "warnings": list(report.warnings),
     }
@@ -156,7 +157,8 @@ def _print(report: BuildReport) -> None:
         console.print(f"up to date: {what}, built by {by} for {where}; --rebuild builds it again", markup=False)
         return
     console.print(f"wrote {what}, by {by} for {where}", markup=False)
-    console.print(f"{record.build_seconds:.1f} s, at most {size(record.peak_build_bytes)} of memory", markup=False)
+    memory = f"{size(record.peak_build_bytes)} of memory (bound {size(report.memory_bound)})"
+    console.print(f"{record.build_seconds:.1f} s, at most {memory}", markup=False)
     for profile in record.profiles:
         rows, tokens = profile.maximum["input_ids"]
         typical = " x ".join(str(value) for value in profile.typical["input_ids"])

@@ -79,7 +79,7 @@ class DoctorCommand(Command):
 
         machine = describe()
         packages = survey()
-        capabilities = assess(packages)
+        capabilities = [*assess(packages), *assess_tensorrt()]
         if args.json:
             print(json.dumps(_as_json(machine, packages, capabilities), indent=1))
         else:
@@ -102,6 +102,36 @@ def assess(packages: Sequence[Package]) -> list[Capability]:
             found.append(Capability(need.name, True, f"{lead.name} {lead.version}"))
     for name, what in targets.PLANNED.items():
         found.append(Capability(f"build and run: target {name}", False, f"{what}: not built yet in {__version__}"))
+    return found
+
+
+def assess_tensorrt() -> list[Capability]:
+    """What of the TensorRT targets can be built here: NVIDIA's module, the GPU, the plugin library."""
+    from qwenforge.engine.tensorrt.gpu import local_gpu
+    from qwenforge.engine.tensorrt.modules import MODULES, import_tensorrt
+    from qwenforge.engine.tensorrt.plugin_library import find_plugin_library
+    from qwenforge.errors import UserError
+    from qwenforge.tensorrt_choice import TENSORRT
+
+    found = []
+    gpu = local_gpu()
+    for target, module in MODULES.items():
+        name = f"build: target {target}"
+        try:
+            version = import_tensorrt(target).__version__
+        except UserError as error:
+            found.append(Capability(name, False, str(error)))
+            continue
+        if target == TENSORRT and gpu is None:
+            found.append(Capability(name, False, f"{module} {version}, but no NVIDIA GPU is visible to build on"))
+            continue
+        where = f" on {gpu.name} (SM {gpu.sm})" if target == TENSORRT and gpu is not None else ""
+        found.append(Capability(name, True, f"{module} {version}{where}"))
+    try:
+        library = find_plugin_library(None)
+        found.append(Capability("plugin library for TensorRT", True, f"{library.path}, {library.version}"))
+    except UserError as error:
+        found.append(Capability("plugin library for TensorRT", False, str(error), install="make plugins"))
     return found
 
 

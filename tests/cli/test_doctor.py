@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import pytest
 
 from qwenforge import targets
-from qwenforge.cli.doctor import Capability, assess
+from qwenforge.cli.doctor import Capability, assess, assess_tensorrt
 from qwenforge.cli.main import main
+from qwenforge.engine.tensorrt.gpu import LocalGpu
 from qwenforge.packages import Package, survey
 
 
@@ -85,3 +87,25 @@ def test_bare_environment_is_diagnosed_not_crashed_on() -> None:
     export = next(c for c in json.loads(finished.stdout)["capabilities"] if c["name"].startswith("export"))
     assert not export["ready"]
     assert "qwenforge[export]" in export["install"]
+
+
+def test_tensorrt_targets_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    monkeypatch.setattr("qwenforge.engine.tensorrt.plugin_library._PLACES", ())
+    monkeypatch.delenv("QWENFORGE_PLUGIN_LIBRARY", raising=False)
+    full, rtx, library = assess_tensorrt()
+    assert not full.ready and "pip install tensorrt" in full.detail
+    assert not rtx.ready and "TensorRT for RTX SDK" in rtx.detail
+    assert not library.ready and library.install == "make plugins"
+
+
+def test_installed_tensorrt_without_a_gpu_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("tensorrt")
+    module.__version__ = "11.4.0.106"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr("qwenforge.engine.tensorrt.gpu.local_gpu", lambda: None)
+    assert "no NVIDIA GPU is visible" in assess_tensorrt()[0].detail
+    gpu = LocalGpu("NVIDIA H200", 90, 1, "13.0")
+    monkeypatch.setattr("qwenforge.engine.tensorrt.gpu.local_gpu", lambda: gpu)
+    assert assess_tensorrt()[0].ready and "NVIDIA H200 (SM 90)" in assess_tensorrt()[0].detail

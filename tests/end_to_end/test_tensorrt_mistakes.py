@@ -184,18 +184,19 @@ def test_gpu_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_older_tensorrt_than_the_graph_was_lowered_for_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = bundle("h200", tmp_path)
     old = types.ModuleType("tensorrt")
     old.__version__ = "10.3.0"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     with pytest.raises(UserError, match=r"lowered for TensorRT 11\.4 and 10\.3\.0 is installed.*--tensorrt 10\.3"):
-        build_engine(bundle("h200", tmp_path), gpu=lambda: H200)
+        build_engine(folder, gpu=lambda: H200)
 
 
 def test_too_little_host_memory_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = replace(build_module.describe(), available_bytes=100_000_000)
     monkeypatch.setattr(build_module, "describe", lambda: machine)
     monkeypatch.setattr(build_module, "import_tensorrt", None)
-    with pytest.raises(UserError, match=r"takes about 70\d MB of memory and 100 MB are free.*--weights-as inputs"):
+    with pytest.raises(UserError, match=r"takes about 80\d MB of memory and 100 MB are free.*--weights-as inputs"):
         build_engine(bundle("rtx", tmp_path))
 
 
