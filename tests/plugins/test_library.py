@@ -54,7 +54,7 @@ def test_header_follows_the_op_yaml(op: str, tmp_path: Path) -> None:
     """Every name, bound and shape of the file is in the header, and a change of the file is one of the header."""
     copy = shutil.copytree(ROOT / "plugins", tmp_path / "plugins", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "qwenforge", tmp_path / "qwenforge", ignore=shutil.ignore_patterns("__pycache__"))
-    generator = copy / "generate_spec_header.py"
+    generator = Path(shutil.copytree(ROOT / "cmake", tmp_path / "cmake")) / "generate_spec_header.py"
 
     def header() -> str:
         subprocess.run([sys.executable, generator, op, tmp_path / "spec.h"], check=True, cwd=tmp_path)

@@ -1,6 +1,6 @@
 """Turns an op.yaml into the C++ constant of type OpSpec that the plugin's sources are written against.
 
-    python plugins/generate_spec_header.py moe build/plugins/generated/moe_spec.h
+    python cmake/generate_spec_header.py moe build/plugins/generated/moe_spec.h
 
 CMake runs this; it needs PyYAML and pydantic, and this project neither installed nor on the path.
 """
