@@ -10,18 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from qwenforge.errors import UserError
-
-
-def high_water_mark(process: int | str) -> int | None:
-    """Largest resident memory so far, in bytes, of the process with this number or ``self``; None without /proc.
-
-    What a process finds by ``getrusage`` on Linux is at least its parent's peak, which it inherits.
-    """
-    status = Path(f"/proc/{process}/status")
-    if not status.is_file():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+from qwenforge.machine import high_water_mark
 
 
 class MeasuredProcess:

@@ -60,7 +60,7 @@ def summarize_engine(record: EngineRecord) -> list[tuple[str, str]]:
         ("CUDA of the driver", record.driver or "built without a GPU"),
         ("plugin library", record.plugin_library or "none"),
         ("layers", str(record.layers)),
-        ("took", f"{record.build_seconds:.1f} s, {size(record.peak_build_bytes)} of memory"),
+        ("took", f"{record.build_seconds:.1f} s, {_memory(record.peak_build_bytes)}"),
     ]
     for profile in record.profiles:
         typical, most = (" x ".join(map(str, shapes["input_ids"])) for shapes in (profile.typical, profile.maximum))
@@ -69,6 +69,10 @@ def summarize_engine(record: EngineRecord) -> list[tuple[str, str]]:
         (name.replace("_", " "), str(value)) for name, value in record.options.items() if value not in (None, False)
     ]
     return rows
+
+
+def _memory(peak: int | None) -> str:
+    return "memory not measured" if peak is None else f"{size(peak)} of memory"
 
 
 def _verification(manifest: Manifest) -> list[tuple[str, str]]:

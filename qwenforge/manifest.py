@@ -160,7 +160,7 @@ class EngineRecord(_Part):
     Python module that built it and ``tensorrt`` its whole version; ``driver`` is the NVIDIA driver's where a GPU took
     part. ``plugin_library`` is the version of the plugin library, None where the engine needs none. ``model_sha256`` is
     that of the model.onnx it was built from. ``options`` are those of the build, and ``peak_build_bytes`` is the
-    builder process's largest resident memory.
+    builder process's largest resident memory, where the system tells it.
     """
 
     file: FileName
@@ -177,7 +177,7 @@ class EngineRecord(_Part):
     options: dict[str, str | int | bool | None]
     layers: Count
     build_seconds: Annotated[float, Field(ge=0)]
-    peak_build_bytes: Count
+    peak_build_bytes: Count | None
     qwenforge_version: str
 
 

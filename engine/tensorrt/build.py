@@ -5,8 +5,6 @@ check what can be checked -> parse -> profiles and configuration -> build -> rec
 
 from __future__ import annotations
 
-import resource
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +28,7 @@ from qwenforge.engine.tensorrt.plugin_library import PluginLibrary, find_plugin_
 from qwenforge.engine.tensorrt.profiles import profile_shapes
 from qwenforge.engine.tensorrt.progress import Progress, make_monitor
 from qwenforge.errors import GraphError, UnsupportedError, UserError
-from qwenforge.machine import describe
+from qwenforge.machine import describe, high_water_mark
 from qwenforge.manifest import MODEL_NAME, EngineRecord, LoweringRecord, ProfileRecord
 from qwenforge.tensorrt_choice import RTX_SMS, TENSORRT_RTX, needs_plugins
 
@@ -121,7 +119,7 @@ def build_engine(
             options=job.options.recorded(),
             layers=layers,
             build_seconds=round(time.perf_counter() - started, 3),
-            peak_build_bytes=_peak_bytes(),
+            peak_build_bytes=high_water_mark("self"),
             qwenforge_version=__version__,
         )
         manifest = attach_engine(job.bundle, scratch, record)
@@ -337,8 +335,3 @@ def _write(path: Path, engine: Any) -> None:
             f"the engine cannot be written beside the bundle, to {path.parent} ({error.strerror}): free space, or give "
             "it write permission."
         ) from error
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

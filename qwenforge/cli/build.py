@@ -157,8 +157,8 @@ def _print(report: BuildReport) -> None:
         console.print(f"up to date: {what}, built by {by} for {where}; --rebuild builds it again", markup=False)
         return
     console.print(f"wrote {what}, by {by} for {where}", markup=False)
-    memory = f"{size(record.peak_build_bytes)} of memory (bound {size(report.memory_bound)})"
-    console.print(f"{record.build_seconds:.1f} s, at most {memory}", markup=False)
+    memory = f"{size(record.peak_build_bytes)} of memory" if record.peak_build_bytes else "memory not measured"
+    console.print(f"{record.build_seconds:.1f} s, {memory} (bound {size(report.memory_bound)})", markup=False)
     for profile in record.profiles:
         rows, tokens = profile.maximum["input_ids"]
         typical = " x ".join(str(value) for value in profile.typical["input_ids"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from support.plugin_library import plugin_library
 from support.plugin_library import why_missing as why_no_library
 from support.rtx_standin import standin
 from support.rtx_standin import why_missing as why_no_standin
+from support.source_tree import ROOT
 from support.summary import TABLES
 from support.tensorrt_choices import lowering
 from support.true_width import sparse_checkpoint
@@ -37,8 +39,9 @@ MEMORY_LIMIT = 8e9
 LOWERED_AS = [(how, dtype) for how in ("rtx", "plugin") for dtype in ("fp16", "bf16")] + [("opset 20", "fp16")]
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 TRUE_WIDTHS = ("qwen2-0.5b", "qwen2-1.5b", "qwen2-7b", "qwen2-57b-a14b", "qwen2-72b")
+EXAMPLES = {"example, dense": "tiny-qwen2", "example, MoE": "tiny-qwen2-moe"}
 TINY: dict[str, tuple[Kind, dict[str, Any]]] = {
-    "tiny dense": ("qwen2", {"tie_word_embeddings": True}),
+    "tiny, tied": ("qwen2", {"tie_word_embeddings": True}),
     "tiny MoE": ("qwen2_moe", {}),
     "one KV head of 7": ("qwen2", {"hidden_size": 448, "num_attention_heads": 7, "num_key_value_heads": 1}),
     "64 experts, top 8": (
@@ -118,12 +121,14 @@ def test_layer_at_true_width_is_built(name: str, how: str, dtype: str, folder: P
 
 @functools.cache
 def _tiny(folder: Path, name: str) -> Path:
+    if name in EXAMPLES:
+        return Path(shutil.copytree(ROOT / "examples" / "checkpoints" / EXAMPLES[name], folder / EXAMPLES[name]))
     kind, config = TINY[name]
     return make_checkpoint(folder / name.replace(" ", "-"), kind, dtype="bfloat16", tokenizer=False, **config)
 
 
 @pytest.mark.parametrize(("how", "dtype"), LOWERED_AS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*EXAMPLES, *TINY])
 def test_tiny_model_is_built(name: str, how: str, dtype: str, folder: Path) -> None:
     model = _lowered(_tiny(folder, name), how, dtype, capacity=256, weight_inputs=False)
     report = _build(model, "--max-sequence", "256")
