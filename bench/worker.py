@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qwenforge.bench.measured_process import high_water_mark
+from qwenforge.machine import high_water_mark
 
 
 def main() -> int:
