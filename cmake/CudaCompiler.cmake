@@ -1,6 +1,6 @@
 # Chooses the CUDA compiler before project(): the one you name with CMAKE_CUDA_COMPILER or CUDACXX, else the one of PyPI's
-# wheels (nvidia-cuda-nvcc and its companions, see tests/requirements.txt) in the Python that runs the build, else
-# whatever CMake finds by itself.
+# wheels (nvidia-cuda-nvcc and its companions, see tests/requirements.txt) in the Python that runs the build, else the
+# toolkit on PATH, in CUDA_PATH or in /usr/local/cuda.
 
 find_package(Python3 3.10 REQUIRED COMPONENTS Interpreter)
 
@@ -14,6 +14,9 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
         list(SORT compilers COMPARE NATURAL ORDER DESCENDING)
         list(GET compilers 0 compiler)
         set(CMAKE_CUDA_COMPILER "${compiler}" CACHE FILEPATH "The CUDA compiler")
+    else()
+        find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin
+            DOC "The CUDA compiler")
     endif()
 endif()
 

@@ -24,9 +24,9 @@ constexpr int32_t kSlotTensorRT11 = 4;
 using FindLogger = void* (*) (void* finder);
 using Log = void (*)(void* logger, int32_t severity, char const* text);
 
-// The one thing that this library remembers between calls, as TensorRT's protocol for plugin libraries wants it.
+// The one thing that this library remembers between calls, as TensorRT's protocol for plugin libraries wants it. Where its
+// functions stand is found out anew for each message, so that the two can never belong to different finders.
 std::atomic<void*> gFinder{nullptr};
-std::atomic<int32_t> gSlot{kUnknown};
 
 void** virtualTable(void* object) noexcept
 {
@@ -79,12 +79,8 @@ int32_t slotOfFinder(void* finder) noexcept
 void log(char const* text) noexcept
 {
     void* const finder = gFinder.load();
-    int32_t const slot = gSlot.load();
-    void* logger = nullptr;
-    if (finder != nullptr && slot != kUnknown)
-    {
-        logger = virtualFunction<FindLogger>(finder, slot)(finder);
-    }
+    int32_t const slot = finder == nullptr ? kUnknown : slotOfFinder(finder);
+    void* const logger = slot == kUnknown ? nullptr : virtualFunction<FindLogger>(finder, slot)(finder);
     if (logger == nullptr)
     {
         std::fprintf(stderr, "%s\n", text);
@@ -97,8 +93,6 @@ void log(char const* text) noexcept
 
 void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept
 {
-    gFinder.store(nullptr);
-    gSlot.store(finder == nullptr ? kUnknown : slotOfFinder(finder));
     gFinder.store(finder);
 }
 

@@ -3,7 +3,8 @@
 // A plugin derives from PluginBase<itself, IPluginV3OneBuild or IPluginV3OneBuildV2> and brings
 //     static constexpr OpSpec const& spec()                      its specification
 //     static constexpr int32_t kKernelVersion                    raised whenever its kernels change their speed
-//     size_t workspaceBytes(Binding const&) const noexcept       monotone in every size
+//     size_t workspaceBytes(Binding const&) const noexcept       monotone in every size; 0 only for no output, or for
+//                                                                sizes that the kernels refuse
 //     bool checkSizes(Binding const&, Message&) const noexcept   what the specification cannot say
 //     cudaError_t launch(Binding const&, Tensors const&, void* workspace, size_t bytes, cudaStream_t) const noexcept
 // An object is immutable after creation, but for the buffers that TensorRT's getters return pointers to.
@@ -133,7 +134,7 @@ public:
     {
         Message problem;
         return status(mContract.checkCounts(nbInputs, nbOutputs, problem)
-                && mContract.checkConfiguration(in, out, problem),
+                && mContract.checkConfiguration(in, out, problem) && checkMaximum(mContract.maximum(in), problem),
             problem);
     }
 
@@ -230,11 +231,22 @@ private:
         return copy;
     }
 
+    // A workspace of 0 bytes for the largest sizes would be too small for those below that the kernels do take.
+    bool checkMaximum(Binding const& largest, Message& problem) const noexcept
+    {
+        return mContract.outputVolume(0, largest) == 0 || self().workspaceBytes(largest) > 0
+            || problem.set("the largest sizes of the optimization profile are more than its kernels can take");
+    }
+
     bool tryEnqueue(nvinfer1::PluginTensorDesc const* inputDesc, nvinfer1::PluginTensorDesc const* outputDesc,
         void const* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream, Message& problem) noexcept
     {
         Binding binding;
         Tensors tensors;
+        if (inputDesc == nullptr || outputDesc == nullptr || inputs == nullptr || outputs == nullptr)
+        {
+            return problem.set("no descriptions or no addresses of the tensors were given");
+        }
         if (!mContract.bind(inputDesc, outputDesc, binding, problem) || !self().checkSizes(binding, problem)
             || !mContract.bindAddresses(inputs, outputs, binding, tensors, problem))
         {

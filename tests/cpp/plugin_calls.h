@@ -80,7 +80,7 @@ struct Subject
             desc.format = nvinfer1::TensorFormat::kLINEAR;
             result.push_back(desc);
         };
-        for (int32_t i = 0; i < spec->inputCount; ++i)
+        for (int32_t i = 0; i < inputs(); ++i)
         {
             add(spec->inputs[i]);
         }
@@ -96,9 +96,15 @@ struct Subject
         return tensors(sizes);
     }
 
+    // Without the ones that the fields make absent, which come last.
     int32_t inputs() const
     {
-        return spec->inputCount;
+        int32_t count = spec->inputCount;
+        while (spec->inputs[count - 1].presentIf >= 0 && numbers[static_cast<size_t>(spec->inputs[count - 1].presentIf)] == 0)
+        {
+            --count;
+        }
+        return count;
     }
     int32_t outputs() const
     {

@@ -68,7 +68,7 @@ def _checks(finished: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_every_call_is_answered_as_specified(linked: Path) -> None:
     lines = _checks(subprocess.run([linked, "linked"], capture_output=True, text=True, check=False, timeout=120))
-    assert len(lines) > 280
+    assert len(lines) > 440
     for needed in ("enqueue computes every element", "no token is no work", "in memory of its own is an error"):
         assert any(needed in line for line in lines)
 
@@ -87,11 +87,33 @@ def test_plugins_pass_through_a_real_registry(library: str, folder: Path) -> Non
         timeout=120,
     )
     lines = _checks(finished)
-    assert len(lines) > 280
+    assert len(lines) > 440
     for plugin in ("QwenForgeMoE", "QwenForgeAttention"):
         assert f"ok {plugin}: recreated from its own fields" in lines
         assert f"ok {plugin}: version 2 is not found" in lines
         assert f"ok {plugin}: enqueue without a GPU is an error" in lines
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_refusal_reaches_the_user(library: str) -> None:
+    """Through TensorRT's own logger; where a registry has none (lean runtime without a GPU), on stderr."""
+    code = f"""
+import numpy, tensorrt as trt
+class Logger(trt.ILogger):
+    def log(self, severity, text):
+        print(severity.name, text)
+logger = Logger()
+runtime = trt.Runtime(logger)
+registry = trt.get_plugin_registry()
+registry.load_library({str(plugin_library())!r})
+field = trt.PluginField("cache_type", numpy.array([1], numpy.int64), trt.PluginFieldType.INT64)
+creator = registry.get_creator("QwenForgeAttention", "1", "qwenforge")
+print(creator.create_plugin("layer 3", trt.PluginFieldCollection([field]), trt.TensorRTPhase.BUILD))
+"""
+    finished = standin("lean" if library == "lean" else "rtx").run("-c", code)
+    text = "QwenForgeAttention 'layer 3': field cache_type is of type INT64, not INT32"
+    assert finished.stdout.splitlines()[-1] == "None", finished.stderr
+    assert text in finished.stderr if library == "lean" else f"ERROR {text}" in finished.stdout
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

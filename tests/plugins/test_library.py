@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from qwenforge import __version__
-from support.plugin_library import plugin_library, why_missing
+from support.plugin_library import cmake, plugin_library, why_missing
 from support.source_tree import ROOT
 
 pytestmark = pytest.mark.skipif(bool(why_missing()), reason=why_missing() or "-")
 
 SMS = (80, 86, 87, 89, 90, 100, 110, 120)
+LIBRARY = "qwenforge_plugins"
+SOURCES = [str(path.relative_to(ROOT / "plugins")) for path in sorted((ROOT / "plugins").glob("*/*.cpp"))]
+"""Those that include TensorRT's interface."""
 
 
 def _output(*command: str | Path) -> str:
@@ -47,6 +50,40 @@ def test_library_holds_kernels_for_every_gpu() -> None:
     data = plugin_library().read_bytes()
     assert all(re.search(rb"sm_%d\b" % sm, data) for sm in SMS)
     assert re.search(rb"compute_120\b", data) or b".target sm_120" in data
+
+
+def test_official_headers_are_used_where_they_are_found(tmp_path: Path) -> None:
+    """A header that stands for TensorRT's refuses to be compiled: every source of the library has to meet it."""
+    headers, build = tmp_path / "include", tmp_path / "build"
+    configure = ("--preset", "plugins", "-B", build, f"-DTENSORRT_INCLUDE_DIR={headers}")
+    without = cmake(*configure)
+    assert without.returncode and "there is no NvInferRuntime.h" in " ".join(without.stderr.split())
+    headers.mkdir()
+    (headers / "NvInferRuntime.h").write_text("#error the official header was read\n", encoding="utf-8")
+    assert cmake(*configure).returncode == 0
+    compiled = cmake("--build", build, "--", "-k", "0", *(f"plugins/CMakeFiles/{LIBRARY}.dir/{s}.o" for s in SOURCES))
+    assert compiled.stdout.count("error: #error the official header was read") == len(SOURCES), compiled.stdout
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen"),
+    [
+        ((75, 80, 86, 87, 89, 90), "80-real;86-real;87-real;89-real;90"),
+        ((80, 86, 87, 89, 90, 100, 101, 120), "80-real;86-real;87-real;89-real;90-real;100-real;120"),
+        ((*SMS, 103, 121), "80-real;86-real;87-real;89-real;90-real;100-real;110-real;120"),
+    ],
+    ids=["CUDA 12.6", "CUDA 12.8", "CUDA 13"],
+)
+def test_older_compiler_builds_for_the_gpus_that_it_knows(known: tuple[int, ...], chosen: str, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf '%s\\n' " + " ".join(f"sm_{sm}" for sm in known) + "\n", encoding="utf-8")
+    nvcc.chmod(0o755)
+    script = tmp_path / "ask.cmake"
+    module = ROOT / "cmake" / "CudaArchitectures.cmake"
+    script.write_text(
+        f'include("{module}")\ndefault_cuda_architectures(r "{nvcc}")\nmessage("${{r}}")\n', encoding="utf-8"
+    )
+    assert cmake("-P", script).stderr.strip() == chosen
 
 
 @pytest.mark.parametrize("op", ["moe", "attention"])

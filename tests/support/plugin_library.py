@@ -28,9 +28,11 @@ def why_missing() -> str:
 
 
 def cuda_folder() -> Path | None:
-    """The toolkit that PyPI's wheels install: bin/nvcc, include, lib; None without them."""
+    """A CUDA toolkit: bin/nvcc, include, lib; that of PyPI's wheels, else the machine's own, None without either."""
     found = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))
-    return found[-1].parent.parent if found else None
+    own = shutil.which("nvcc")
+    nvcc = found[-1] if found else Path(own).resolve() if own is not None else None
+    return nvcc.parent.parent if nvcc is not None else None
 
 
 @functools.cache
@@ -44,13 +46,17 @@ def plugin_library() -> Path:
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for step in (["--preset", "plugins", "-B", str(FOLDER)], ["--build", str(FOLDER)]):
-            environment = {**os.environ, "PATH": _path()}
-            finished = subprocess.run(
-                ["cmake", *step], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900
-            )
+            finished = cmake(*step)
             if finished.returncode:
                 raise RuntimeError(f"cmake {' '.join(step)} failed:\n{finished.stdout}\n{finished.stderr}")
     return FOLDER / "plugins" / NAME
+
+
+def cmake(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run cmake in the project's folder, with this Python's tools and compiler."""
+    environment = {**os.environ, "PATH": _path()}
+    command = ["cmake", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 
 def _path() -> str:

@@ -1,10 +1,15 @@
-"""The plugins' kernels on the CPU: the emulator (simt.h) and the program that calls them (driver.cpp), from Python."""
+"""The plugins' kernels on the CPU: the emulator (simt.h) and the program that calls them (driver.cpp), from Python.
+
+With QWENFORGE_KERNELS_ON=cuda in the environment the same calls run on this machine's GPU (tests/gpu/run.sh does that),
+checked ones under compute-sanitizer.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +26,11 @@ Array = npt.NDArray[Any]
 _HERE = Path(__file__).parent
 _SOURCES = ("attention", "common", "moe")
 _CHECKED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
+
+
+ON_GPU = os.environ.get("QWENFORGE_KERNELS_ON") == "cuda"
+"""Whether the kernels run on the GPU and not in the emulator."""
+_SANITIZER = os.environ.get("QWENFORGE_SANITIZER", "memcheck")
 
 
 class KernelError(Exception):
@@ -55,7 +65,10 @@ def run(
     Raises:
         KernelError: the process did not end well; its last words are in the message.
     """
-    command = [str(_driver(checked, sources)), str(schedule), op, dtype, *(repr(float(number)) for number in numbers)]
+    program = str(_driver(checked and not ON_GPU, sources))
+    command = [program, str(schedule), op, dtype, *(repr(float(number)) for number in numbers)]
+    if ON_GPU and checked:
+        command = ["compute-sanitizer", "--tool", _SANITIZER, "--error-exitcode", "99", "--quiet", *command]
     data = b"".join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors)
     finished = subprocess.run(command, input=data, capture_output=True, check=False, timeout=300)
     if finished.returncode:
@@ -84,11 +97,16 @@ def _driver(checked: bool, sources: Path | None) -> Path:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*files, _HERE / "simt.h", _HERE / "driver.cpp"]))
     place = ROOT / "build" / "simt"
     place.mkdir(parents=True, exist_ok=True)
-    program = place / f"{'checked' if checked else 'driver'}-{digest.hexdigest()[:16]}"
+    kind = "cuda" if ON_GPU else "checked" if checked else "driver"
+    program = place / f"{kind}-{digest.hexdigest()[:16]}"
     cuda = cuda_folder()
     assert cuda is not None, why_missing()
-    command = ["g++", "-std=c++17", "-O1", "-DQWENFORGE_SIMT", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    command += [f"-I{folder}", f"-I{_HERE}", "-isystem", str(cuda / "include"), *(_CHECKED if checked else ())]
+    if ON_GPU:
+        command = [str(cuda / "bin" / "nvcc"), "-std=c++17", "-O2", "-arch=native", "-lineinfo", "-x", "cu"]
+        command += [f"-I{folder}", f"-I{_HERE}"]
+    else:
+        command = ["g++", "-std=c++17", "-O1", "-DQWENFORGE_SIMT", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+        command += [f"-I{folder}", f"-I{_HERE}", "-isystem", str(cuda / "include"), *(_CHECKED if checked else ())]
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():

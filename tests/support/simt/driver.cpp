@@ -1,6 +1,7 @@
-// Runs one call of the kernels under the emulator: `driver SCHEDULE OP TYPE NUMBERS...` with the input tensors on stdin,
-// one behind the other, and the output tensors on stdout. Tensors and workspace are allocated one by one, of their exact
-// size, outputs and workspace filled with 0xff (NaN).
+// Runs one call of the kernels: `driver SCHEDULE OP TYPE NUMBERS...` with the input tensors on stdin, one behind the other,
+// and the output tensors on stdout. Tensors and workspace are allocated one by one, of their exact size, outputs and
+// workspace filled with 0xff (NaN). With QWENFORGE_SIMT the kernels run in the emulator; compiled by nvcc, on the GPU,
+// where SCHEDULE means nothing.
 //
 //   moe        T C I E Es K normalize        hidden logits gateUp down [sharedGate]                    -> output
 //   attention  B S M P Hq Hk D window scale  query key value cos sin positions starts keys values      -> output keys values
@@ -8,50 +9,122 @@
 #include "attention/attention.cu"
 #include "moe/moe.cu"
 
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <iterator>
+#include <memory>
+#include <vector>
 
+#ifdef QWENFORGE_SIMT
 cudaError_t cudaGetLastError()
 {
     return cudaSuccess;
 }
+#endif
 
 namespace
 {
 
-struct Free
+// Where the kernels' memory is: the host's for the emulator, the device's on a GPU.
+#ifdef QWENFORGE_SIMT
+void* allocate(size_t bytes)
+{
+    void* address = nullptr;
+    return posix_memalign(&address, 256, bytes == 0 ? 1 : bytes) == 0 ? address : nullptr;
+}
+void release(void* address)
+{
+    std::free(address);
+}
+bool copy(void* to, void const* from, size_t bytes, bool)
+{
+    if (bytes > 0) // an empty vector's address is null
+    {
+        std::memcpy(to, from, bytes);
+    }
+    return true;
+}
+cudaError_t finish()
+{
+    return cudaSuccess;
+}
+#else
+void* allocate(size_t bytes)
+{
+    void* address = nullptr;
+    return cudaMalloc(&address, bytes == 0 ? 1 : bytes) == cudaSuccess ? address : nullptr;
+}
+void release(void* address)
+{
+    cudaFree(address);
+}
+bool copy(void* to, void const* from, size_t bytes, bool toDevice)
+{
+    return cudaMemcpy(to, from, bytes, toDevice ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost) == cudaSuccess;
+}
+cudaError_t finish()
+{
+    return cudaDeviceSynchronize();
+}
+#endif
+
+struct Release
 {
     void operator()(void* address) const
     {
-        std::free(address);
+        release(address);
     }
 };
-using Buffer = std::unique_ptr<void, Free>;
+using Buffer = std::unique_ptr<void, Release>;
 
-Buffer filled(size_t bytes)
+[[noreturn]] void stop(char const* what)
 {
-    void* address = nullptr;
-    if (posix_memalign(&address, 256, bytes == 0 ? 1 : bytes) != 0)
-    {
-        std::exit(71);
-    }
-    std::memset(address, 0xff, bytes);
-    return Buffer(address);
+    std::fprintf(stderr, "driver: %s\n", what);
+    std::exit(71);
 }
 
-Buffer read(int64_t bytes)
+Buffer holding(std::vector<char> const& data)
 {
-    Buffer buffer = filled(static_cast<size_t>(bytes));
-    if (std::fread(buffer.get(), 1, static_cast<size_t>(bytes), stdin) != static_cast<size_t>(bytes))
+    Buffer buffer(allocate(data.size()));
+    if (buffer == nullptr || !copy(buffer.get(), data.data(), data.size(), /*toDevice=*/true))
     {
-        std::fprintf(stderr, "driver: stdin ends before %lld bytes\n", static_cast<long long>(bytes));
-        std::exit(72);
+        stop("no memory");
     }
     return buffer;
 }
 
+Buffer filled(size_t bytes)
+{
+    return holding(std::vector<char>(bytes, static_cast<char>(0xff)));
+}
+
+Buffer read(int64_t bytes)
+{
+    std::vector<char> data(static_cast<size_t>(bytes));
+    if (std::fread(data.data(), 1, data.size(), stdin) != data.size())
+    {
+        stop("stdin ends too early");
+    }
+    return holding(data);
+}
+
 void write(Buffer const& buffer, int64_t bytes)
 {
-    std::fwrite(buffer.get(), 1, static_cast<size_t>(bytes), stdout);
+    std::vector<char> data(static_cast<size_t>(bytes));
+    if (!copy(data.data(), buffer.get(), data.size(), /*toDevice=*/false))
+    {
+        stop("the results cannot be read");
+    }
+    std::fwrite(data.data(), 1, data.size(), stdout);
+}
+
+// What the launch returned, or else what went wrong on the device.
+cudaError_t completed(cudaError_t launched)
+{
+    cudaError_t const ran = finish();
+    return launched != cudaSuccess ? launched : ran;
 }
 
 constexpr int64_t kElement = 2;
@@ -84,7 +157,7 @@ cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
     tensors.downWeights = down.get();
     tensors.sharedGateLogits = shape.numSharedExperts > 0 ? gates.get() : nullptr;
     tensors.output = output.get();
-    cudaError_t const error = qwenforge::launchMoe(shape, type, tensors, workspace.get(), bytes, nullptr);
+    cudaError_t const error = completed(qwenforge::launchMoe(shape, type, tensors, workspace.get(), bytes, nullptr));
     write(output, states);
     return error;
 }
@@ -129,7 +202,8 @@ cudaError_t runAttention(std::vector<double> const& n, qwenforge::ElementType ty
     tensors.keyCache = keyCache.get();
     tensors.valueCache = valueCache.get();
     tensors.output = output.get();
-    cudaError_t const error = qwenforge::launchAttention(shape, type, tensors, workspace.get(), bytes, nullptr);
+    cudaError_t const error
+        = completed(qwenforge::launchAttention(shape, type, tensors, workspace.get(), bytes, nullptr));
     write(output, queries);
     write(keyCache, cache);
     write(valueCache, cache);
@@ -144,7 +218,9 @@ int main(int argc, char** argv)
     {
         return 64;
     }
+#ifdef QWENFORGE_SIMT
     simt::schedule() = static_cast<unsigned>(std::atoi(argv[1]));
+#endif
     std::vector<double> numbers;
     std::transform(argv + 4, argv + argc, std::back_inserter(numbers), [](char const* text) { return std::atof(text); });
     bool const isHalf = std::strcmp(argv[3], "float16") == 0;
