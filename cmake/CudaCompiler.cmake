@@ -17,6 +17,9 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
     else()
         find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin
             DOC "The CUDA compiler")
+        if(NOT CMAKE_CUDA_COMPILER)
+            message(FATAL_ERROR "There is no CUDA compiler: `make plugins` brings one, or name yours with CMAKE_CUDA_COMPILER")
+        endif()
     endif()
 endif()
 

@@ -13,8 +13,7 @@ bool isValid(AttentionShape const& shape) noexcept
 {
     return shape.batch >= 0 && shape.sequence >= 0 && shape.capacity >= 0 && shape.positions >= 0
         && shape.numKeyValueHeads >= 1 && shape.numHeads >= 1 && shape.numHeads % shape.numKeyValueHeads == 0
-        && shape.headSize >= 8 && shape.headSize <= kMaxHeadSize && shape.headSize % 8 == 0 && shape.slidingWindow >= 0
-        && shape.batch * shape.sequence * shape.numHeads <= kMaxGrid;
+        && shape.headSize >= 8 && shape.headSize <= kMaxHeadSize && shape.headSize % 8 == 0 && shape.slidingWindow >= 0;
 }
 
 bool areValid(AttentionTensors const& tensors) noexcept
@@ -79,7 +78,7 @@ size_t attentionWorkspaceBytes(AttentionShape const& shape)
 cudaError_t launchAttention(AttentionShape const& shape, ElementType type, AttentionTensors const& tensors,
     void* workspace, size_t workspaceBytes, cudaStream_t stream)
 {
-    if (!isValid(shape))
+    if (!isValid(shape) || shape.batch * shape.sequence * shape.numHeads > kMaxGrid)
     {
         return cudaErrorInvalidValue;
     }

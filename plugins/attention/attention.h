@@ -41,7 +41,7 @@ struct AttentionTensors
     void* output;                 // [B, S, Hq D]
 };
 
-// Workspace in bytes: the rotated query.
+// Workspace in bytes: the rotated query. At most 2^31 - 1 query heads of tokens, B S Hq, can be launched.
 size_t attentionWorkspaceBytes(AttentionShape const& shape);
 
 // Launches the kernels on `stream`, and neither allocates nor waits. The grids follow from the shape alone, so that the
