@@ -298,19 +298,23 @@ class _Interruptible:
     def run(self, work: Callable[[threading.Event, Progress], tuple[Any, int]]) -> tuple[Any, int]:
         results: list[tuple[Any, int]] = []
         failures: list[BaseException] = []
+        # Not Thread.join: interrupted, it takes the thread for finished (Python 3.11), and the process would end under
+        # the builder's feet.
+        done = threading.Event()
 
         def target() -> None:
             try:
                 results.append(work(self._cancelled, self._remember))
             except BaseException as error:  # noqa: BLE001 - raised again below, in the caller's thread
                 failures.append(error)
+            finally:
+                done.set()
 
-        thread = threading.Thread(target=target, name="tensorrt-build")
-        thread.start()
+        threading.Thread(target=target, name="tensorrt-build").start()
         stopped: BaseException | None = None
-        while thread.is_alive():
+        while not done.is_set():
             try:
-                thread.join(0.1)
+                done.wait(0.1)
                 if stopped is None:
                     self._progress(*self._latest)
             except BaseException as error:  # noqa: BLE001 - raised again below, once the builder has stopped

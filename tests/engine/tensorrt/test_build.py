@@ -114,7 +114,7 @@ def test_stopped_build_leaves_the_bundle_as_it_was(how: signal.Signals, tmp_path
     sent = time.monotonic()
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGKILL, -signal.SIGINT, 130, 1), "it was not finished before"
+    assert process.returncode == -how, errors.decode()
     assert time.monotonic() - sent < 10
     if how == signal.SIGINT:
         assert b"KeyboardInterrupt" in errors
