@@ -26,6 +26,8 @@ SOURCES = ("moe/moe.cu", "attention/attention.cu", "common/kernels_c_api.cpp")
 FLUSH_BYTES = 256 << 20
 REPEATS = 30
 TOKENS = (1, 8, 64, 512, 4096)
+PATHS = {"plain": 0, "matrix": 1}
+"""qwenforge::MoePath."""
 
 
 class MoeShape(ctypes.Structure):
@@ -161,30 +163,32 @@ def _moe_row(
     workspace = torch.empty(kernels.qwenforgeMoeWorkspaceBytes(ctypes.byref(shape)), dtype=torch.uint8, device="cuda")
     tensors = _addresses([x, logits, gate_up, down, gates if layer.shared else None, output])
 
-    def ours() -> None:
+    def ours(path: int) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         size = ctypes.c_size_t(workspace.numel())
         space = ctypes.c_void_p(workspace.data_ptr())
-        _require(kernels.qwenforgeMoe(ctypes.byref(shape), 1, ctypes.byref(tensors), space, size, stream))
+        _require(kernels.qwenforgeMoe(ctypes.byref(shape), 1, ctypes.byref(tensors), space, size, stream, path))
 
     chosen = torch.softmax(logits.float(), -1).topk(layer.top_k, -1)[1]
     touched = chosen.unique().numel() + layer.shared
     matrices = 3 * layer.hidden * layer.width
     assignments = tokens * (layer.top_k + layer.shared)
     floor = machine.floor(2.0 * touched * matrices, 2.0 * assignments * matrices)
-    time = machine.time(ours)
-    expected = _grouped(torch, layer, x, logits, gates, gate_up, down)()
-    error = float((output.float() - expected.float()).abs().max() / expected.float().abs().max())
+    expected = _grouped(torch, layer, x, logits, gates, gate_up, down)().float()
     row: dict[str, Any] = {
         "layer": layer.name,
         "tokens": tokens,
         "routing": routing,
         "floor_us": floor,
-        "qwenforge_us": asdict(time),
-        "percent_of_floor": 100 * floor / time.median,
-        "tflops": 2e-6 * assignments * matrices / time.median,
-        "relative_difference": error,
     }
+    for name, path in PATHS.items():
+        time = machine.time(lambda path=path: ours(path))  # type: ignore[misc]
+        row[name] = {
+            "us": asdict(time),
+            "percent_of_floor": 100 * floor / time.median,
+            "tflops": 2e-6 * assignments * matrices / time.median,
+            "relative_difference": float((output.float() - expected).abs().max() / expected.abs().max()),
+        }
     if torch.cuda.get_device_capability() >= (9, 0):
         row["torch_grouped_mm_us"] = asdict(machine.time(_grouped(torch, layer, x, logits, gates, gate_up, down)))
     return row

@@ -12,10 +12,10 @@ QWENFORGE_C_API size_t qwenforgeMoeWorkspaceBytes(qwenforge::MoeShape const* sha
 }
 
 QWENFORGE_C_API int qwenforgeMoe(qwenforge::MoeShape const* shape, int type, qwenforge::MoeTensors const* tensors,
-    void* workspace, size_t workspaceBytes, void* stream)
+    void* workspace, size_t workspaceBytes, void* stream, int path)
 {
     return qwenforge::launchMoe(*shape, static_cast<qwenforge::ElementType>(type), *tensors, workspace, workspaceBytes,
-        static_cast<cudaStream_t>(stream));
+        static_cast<cudaStream_t>(stream), static_cast<qwenforge::MoePath>(path));
 }
 
 QWENFORGE_C_API size_t qwenforgeAttentionWorkspaceBytes(qwenforge::AttentionShape const* shape)

@@ -35,6 +35,13 @@ struct MoeTensors
     void* output;                 // [T, C]
 };
 
+// How the two products of the experts are computed.
+enum class MoePath : int32_t
+{
+    kPlain = 0,  // fp32 multiply-adds
+    kMatrix = 1, // matrix instructions; not yet run on a GPU, so that nothing chooses it by itself
+};
+
 // Workspace in bytes: grows with T up to a chunk of 512 tokens, which larger batches go through one after the other.
 size_t moeWorkspaceBytes(MoeShape const& shape);
 
@@ -44,6 +51,6 @@ size_t moeWorkspaceBytes(MoeShape const& shape);
 // Returns cudaErrorInvalidValue for a shape or an address that is not as above or a workspace that is too small,
 // cudaSuccess without a launch when T is 0, and otherwise what the launches return.
 cudaError_t launchMoe(MoeShape const& shape, ElementType type, MoeTensors const& tensors, void* workspace,
-    size_t workspaceBytes, cudaStream_t stream);
+    size_t workspaceBytes, cudaStream_t stream, MoePath path = MoePath::kPlain);
 
 } // namespace qwenforge

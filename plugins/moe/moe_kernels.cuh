@@ -232,11 +232,12 @@ struct Tile
 {
     int32_t expert; // -1: none, the block has nothing to do
     int32_t first;  // position
-    int32_t pairs;  // 1..32
+    int32_t pairs;  // at least 1
 };
 
-// Tile number blockIdx.x: the tiles of expert 0, then those of expert 1, ... Thread 0 looks for it.
-__device__ __forceinline__ Tile findTile(Routing const& routing, Tile& shared)
+// Tile number blockIdx.x, of at most `tilePairs` positions: the tiles of expert 0, then those of expert 1, ... Thread 0
+// looks for it.
+__device__ __forceinline__ Tile findTile(Routing const& routing, Tile& shared, int32_t tilePairs)
 {
     if (threadIdx.x == 0)
     {
@@ -246,13 +247,13 @@ __device__ __forceinline__ Tile findTile(Routing const& routing, Tile& shared)
         for (int32_t expert = 0; expert < routing.experts + routing.sharedExperts; ++expert)
         {
             int32_t const count = routing.counts[expert];
-            int32_t const tiles = (count + kTilePairs - 1) / kTilePairs;
+            int32_t const tiles = (count + tilePairs - 1) / tilePairs;
             if (left < tiles)
             {
-                int32_t const rest = count - left * kTilePairs;
+                int32_t const rest = count - left * tilePairs;
                 shared.expert = expert;
-                shared.first = first + left * kTilePairs;
-                shared.pairs = rest < kTilePairs ? rest : kTilePairs;
+                shared.first = first + left * tilePairs;
+                shared.pairs = rest < tilePairs ? rest : tilePairs;
                 break;
             }
             left -= tiles;
@@ -343,7 +344,7 @@ __global__ void __launch_bounds__(kTileThreads) projectUp(Routing routing, T con
 {
     QWENFORGE_SHARED(found, Tile);
     QWENFORGE_SHARED(memory, TileMemory);
-    Tile const tile = findTile(routing, found);
+    Tile const tile = findTile(routing, found, kTilePairs);
     if (tile.expert < 0)
     {
         return;
@@ -382,7 +383,7 @@ __global__ void __launch_bounds__(kTileThreads) projectDown(Routing routing, T c
 {
     QWENFORGE_SHARED(found, Tile);
     QWENFORGE_SHARED(memory, TileMemory);
-    Tile const tile = findTile(routing, found);
+    Tile const tile = findTile(routing, found, kTilePairs);
     if (tile.expert < 0)
     {
         return;

@@ -54,8 +54,10 @@ def test_structures_are_those_of_the_kernels(tmp_path: Path) -> None:
     size = loaded.qwenforgeMoeWorkspaceBytes(ctypes.byref(shape))
     assert 0 < size <= workspace.nbytes
     space = ctypes.c_void_p(workspace.ctypes.data)
-    assert loaded.qwenforgeMoe(ctypes.byref(shape), 0, ctypes.byref(addresses), space, ctypes.c_size_t(size), None) == 0
-    raw = simt.run("moe", "float16", [tokens, hidden, width, experts, shared, top_k, 1], tensors)
+    assert (
+        loaded.qwenforgeMoe(ctypes.byref(shape), 0, ctypes.byref(addresses), space, ctypes.c_size_t(size), None, 1) == 0
+    )
+    raw = simt.run("moe", "float16", [tokens, hidden, width, experts, shared, top_k, 1, 1], tensors)
     assert output.tobytes() == raw
 
     batch, capacity, heads, kv_heads, head_size = 2, 16, 4, 2, 8

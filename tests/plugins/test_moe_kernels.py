@@ -28,11 +28,13 @@ class Shape:
     shared: int = 0
     top_k: int = 2
     normalize: bool = False
+    path: int = 0
+    """0: plain, 1: matrix instructions."""
 
     @property
     def numbers(self) -> list[float]:
         """As the driver takes them."""
-        return [self.tokens, self.hidden, self.width, self.experts, self.shared, self.top_k, self.normalize]
+        return [self.tokens, self.hidden, self.width, self.experts, self.shared, self.top_k, self.normalize, self.path]
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
+PATHS = {"plain": 0, "matrix": 1}
 SHAPES = {
     "plain": Shape(),
     "one token": Shape(tokens=1),
@@ -123,28 +126,32 @@ SHAPES = {
     "60 experts, top 4, shared 4": Shape(tokens=4, hidden=32, width=16, experts=60, shared=4, top_k=4),
     "256 experts, top 8": Shape(tokens=3, hidden=16, width=8, experts=256, top_k=8),
     "33 experts": Shape(tokens=4, hidden=16, width=8, experts=33, top_k=8, normalize=True),
+    "many tokens of one expert": Shape(tokens=150, hidden=40, width=24, experts=2, top_k=1),
     "two chunks": Shape(tokens=515, hidden=8, width=8, experts=3, top_k=1, shared=1),
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_experts_agree_with_float64(name: str, dtype: str) -> None:
-    shape = SHAPES[name]
+def test_experts_agree_with_float64(name: str, path: str, dtype: str) -> None:
+    shape = replace(SHAPES[name], path=PATHS[path])
     inputs = Inputs.random(shape, DTYPES[dtype][0], seed=len(name))
     assert _error(_run(shape, inputs, dtype), _reference(shape, inputs)) < DTYPES[dtype][1]
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ["odd sizes", "four shared slices", "256 experts, top 8", "more pairs than a tile"])
-def test_nothing_outside_the_tensors_is_touched(name: str) -> None:
-    shape = SHAPES[name]
+def test_nothing_outside_the_tensors_is_touched(name: str, path: str) -> None:
+    shape = replace(SHAPES[name], path=PATHS[path])
     inputs = Inputs.random(shape, torch.bfloat16, seed=1)
     assert _error(_run(shape, inputs, "bfloat16", checked=True), _reference(shape, inputs)) < BFLOAT16
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ["17 tokens", "four shared slices", "33 experts"])
-def test_every_order_of_threads_gives_the_same_bits(name: str) -> None:
-    shape = SHAPES[name]
+def test_every_order_of_threads_gives_the_same_bits(name: str, path: str) -> None:
+    shape = replace(SHAPES[name], path=PATHS[path])
     inputs = Inputs.random(shape, torch.float16, seed=2)
     first, *others = (_run(shape, inputs, "float16", schedule=number) for number in (0, 1, 2, 3))
     assert all(torch.equal(first, other) for other in others)

@@ -93,7 +93,7 @@ def _short(mangled: str) -> str:
 @pytest.mark.parametrize("source", SOURCES)
 def test_kernels_do_not_spill_and_fit(source: str, sm: int, kernels: dict[tuple[str, int], list[Kernel]]) -> None:
     found = kernels[source, sm]
-    assert len(found) == {"attention/attention.cu": 8, "moe/moe.cu": 10}[source]
+    assert len(found) == {"attention/attention.cu": 8, "moe/moe.cu": 18}[source]
     assert {kernel.name: (kernel.spills, kernel.stack) for kernel in found} == {k.name: (0, 0) for k in found}
     assert all(kernel.registers <= MOST_REGISTERS for kernel in found)
     assert all(kernel.shared <= MOST_SHARED_BYTES for kernel in found)

@@ -13,7 +13,8 @@ WHY = simt.why_missing() or ("the emulator is tested without a GPU" if simt.ON_G
 pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "-")
 
 MOE, ATTENTION = "moe/moe_kernels.cuh", "attention/attention_kernels.cuh"
-_MOE_NUMBERS = [40, 72, 24, 5, 1, 3, 1]
+MATRIX = "moe/moe_mma_kernels.cuh"
+_MOE_NUMBERS = [40, 72, 24, 5, 1, 3, 1, 0]
 _ATTENTION_NUMBERS = [2, 3, 16, 32, 4, 2, 72, 0, 0.125]
 
 BUGS = {
@@ -68,6 +69,24 @@ BUGS = {
         "hiddenSize, gateRow, gateRow + 8, gate, up);",
         "hiddenSize, gateRow + 8, gateRow, gate, up);",
     ),
+    "copies not waited for": (MATRIX, "        waitForCopies<kMmaStages - 2>();\n", ""),
+    "copies waited for one step late": (MATRIX, "waitForCopies<kMmaStages - 2>", "waitForCopies<kMmaStages - 1>"),
+    "barrier dropped behind the copies": (
+        MATRIX,
+        "        __syncthreads();\n        if (step + kMmaStages",
+        "        if (step + kMmaStages",
+    ),
+    "stage filled while it is read": (
+        MATRIX,
+        "        if (step + kMmaStages - 1 < steps)\n        {\n            fill(step + kMmaStages - 1);",
+        "        if (step + kMmaStages < steps)\n        {\n            fill(step + kMmaStages);",
+    ),
+    "halves of a matrix exchanged": (MATRIX, "[k + lane / 16 * 8]);", "[k + (1 - lane / 16) * 8]);"),
+    "rows behind the matrix are read": (
+        MATRIX,
+        "valid[i] = isWeight ? row < validRows : row - kMmaRows < validInputs;",
+        "valid[i] = isWeight ? true : row - kMmaRows < validInputs;",
+    ),
     "other group of heads": (
         ATTENTION,
         "int32_t const keyHead = head / (call.heads / call.keyValueHeads);",
@@ -84,11 +103,12 @@ def _inputs(file: str) -> tuple[str, list[float], list[np.ndarray]]:
     def draw(*size: int) -> np.ndarray:
         return generator.normal(0, 0.5, size).astype(np.float16)
 
-    if file == MOE:
+    if file in (MOE, MATRIX):
         tokens, hidden, width, experts, shared = (int(number) for number in _MOE_NUMBERS[:5])
         stored = experts + shared
         tensors = [draw(tokens, hidden), draw(tokens, experts), draw(stored, 2 * width, hidden)]
-        return "moe", _MOE_NUMBERS, [*tensors, draw(stored, hidden, width), draw(tokens, 1)]
+        numbers = [*_MOE_NUMBERS[:-1], int(file == MATRIX)]
+        return "moe", numbers, [*tensors, draw(stored, hidden, width), draw(tokens, 1)]
     rows, sequence, capacity, positions, heads, kv_heads, size = (int(number) for number in _ATTENTION_NUMBERS[:7])
     tensors = [draw(rows, sequence, heads, size), *(draw(rows, sequence, kv_heads, size) for _ in range(2))]
     tensors += [draw(positions, size // 2), draw(positions, size // 2)]
@@ -121,7 +141,7 @@ def _is_caught(
 
 
 def test_right_kernels_are_not_accused() -> None:
-    for file in (MOE, ATTENTION):
+    for file in (MOE, MATRIX, ATTENTION):
         op, numbers, tensors = _inputs(file)
         right = simt.run(op, "float16", numbers, tensors)
         for schedule in (0, 1, 2):

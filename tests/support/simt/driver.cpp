@@ -3,7 +3,7 @@
 // workspace filled with 0xff (NaN). With QWENFORGE_SIMT the kernels run in the emulator; compiled by nvcc, on the GPU,
 // where SCHEDULE means nothing.
 //
-//   moe        T C I E Es K normalize        hidden logits gateUp down [sharedGate]                    -> output
+//   moe        T C I E Es K normalize path   hidden logits gateUp down [sharedGate]                    -> output
 //   attention  B S M P Hq Hk D window scale  query key value cos sin positions starts keys values      -> output keys values
 
 #include "attention/attention.cu"
@@ -157,7 +157,9 @@ cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
     tensors.downWeights = down.get();
     tensors.sharedGateLogits = shape.numSharedExperts > 0 ? gates.get() : nullptr;
     tensors.output = output.get();
-    cudaError_t const error = completed(qwenforge::launchMoe(shape, type, tensors, workspace.get(), bytes, nullptr));
+    auto const path = static_cast<qwenforge::MoePath>(static_cast<int32_t>(n[7]));
+    cudaError_t const error
+        = completed(qwenforge::launchMoe(shape, type, tensors, workspace.get(), bytes, nullptr, path));
     write(output, states);
     return error;
 }
@@ -226,7 +228,7 @@ int main(int argc, char** argv)
     bool const isHalf = std::strcmp(argv[3], "float16") == 0;
     auto const type = isHalf ? qwenforge::ElementType::kFloat16 : qwenforge::ElementType::kBFloat16;
     bool const isMoe = std::strcmp(argv[2], "moe") == 0;
-    if (numbers.size() != (isMoe ? 7 : 9))
+    if (numbers.size() != (isMoe ? 8 : 9))
     {
         return 64;
     }

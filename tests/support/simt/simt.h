@@ -26,6 +26,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -43,7 +44,7 @@ namespace simt
 
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kLargestOperand = 16;
+constexpr size_t kLargestOperand = 32;
 
 inline unsigned& schedule()
 {
@@ -59,12 +60,23 @@ enum class State
     kDone,
 };
 
+// An asynchronous copy that was asked for: it happens when its thread waits for it, as late as it may on a GPU.
+struct Copy
+{
+    void* to;
+    void const* from;
+    size_t bytes;
+    bool valid;
+};
+
 struct Fiber
 {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state;
     void* fakeStack; // AddressSanitizer's
+    std::vector<Copy> newCopies;
+    std::deque<std::vector<Copy>> copyGroups;
 };
 
 // The collective that the lanes of a warp are gathering for. Two sets of slots: a lane may enter the next collective
@@ -237,6 +249,8 @@ inline void startFibers(Block& b)
         }
         fiber.state = State::kRunnable;
         fiber.fakeStack = nullptr;
+        fiber.newCopies.clear();
+        fiber.copyGroups.clear();
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = kStackBytes;
@@ -322,6 +336,77 @@ T& shared(char const* place)
         bytes.assign(sizeof(T), 0xff);
     }
     return *reinterpret_cast<T*>(bytes.data());
+}
+
+inline void copyAsync(void* to, void const* from, size_t bytes, bool valid)
+{
+    if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (valid && reinterpret_cast<uintptr_t>(from) % bytes != 0))
+    {
+        fail("an asynchronous copy is not aligned");
+    }
+    block()->fibers[static_cast<size_t>(block()->current)].newCopies.push_back({to, from, bytes, valid});
+}
+
+inline void commitCopies()
+{
+    Fiber& fiber = block()->fibers[static_cast<size_t>(block()->current)];
+    fiber.copyGroups.push_back(std::move(fiber.newCopies));
+    fiber.newCopies.clear();
+}
+
+inline void waitForCopies(size_t pending)
+{
+    Fiber& fiber = block()->fibers[static_cast<size_t>(block()->current)];
+    for (; fiber.copyGroups.size() > pending; fiber.copyGroups.pop_front())
+    {
+        for (Copy const& copy : fiber.copyGroups.front())
+        {
+            copy.valid ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+        }
+    }
+}
+
+// ldmatrix.x4: the address of row l % 8 of matrix l / 8 comes from lane l; of each matrix a lane gets two elements.
+inline void loadMatrices(uint32_t (&registers)[4], void const* row)
+{
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    {
+        fail("a row of a matrix is not aligned");
+    }
+    auto const* const slots = gather(0xffffffffu, row, "ldmatrix");
+    int const lane = block()->current % kLanes;
+    for (int matrix = 0; matrix < 4; ++matrix)
+    {
+        auto const* const bytes = static_cast<unsigned char const*>(operandOf<void const*>(slots, 8 * matrix + lane / 4));
+        std::memcpy(&registers[matrix], bytes + 4 * (lane % 4), 4);
+    }
+}
+
+// mma.m16n8k16, by PTX's tables of fragments.
+template <typename T>
+void multiplyAdd(float (&sums)[4], uint32_t const (&a)[4], uint32_t const (&b)[2])
+{
+    struct Operands
+    {
+        T a[4][2];
+        T b[2][2];
+    };
+    Operands own;
+    std::memcpy(own.a, a, sizeof(own.a));
+    std::memcpy(own.b, b, sizeof(own.b));
+    auto const* const slots = gather(0xffffffffu, own, "mma");
+    int const lane = block()->current % kLanes;
+    for (int i = 0; i < 4; ++i)
+    {
+        int const row = lane / 4 + i / 2 * 8;
+        int const column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k)
+        {
+            auto const left = operandOf<Operands>(slots, row % 8 * 4 + k % 8 / 2);
+            auto const right = operandOf<Operands>(slots, column * 4 + k % 8 / 2);
+            sums[i] += static_cast<float>(left.a[row / 8 + k / 8 * 2][k % 2]) * static_cast<float>(right.b[k / 8][k % 2]);
+        }
+    }
 }
 
 inline uint3 threadIndex()
