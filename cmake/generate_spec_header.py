@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 import yaml  # noqa: E402 - the path above comes first
 
-from qwenforge.op_spec import NAMESPACE, Attribute, OpSpec, Tensor  # noqa: E402
+from qwenforge.op_spec import NAMESPACE, Attribute, OpSpec, Tensor, TypeChoice  # noqa: E402
 
-DATA_TYPES = {"float16": "kHALF", "bfloat16": "kBF16", "int32": "kINT32"}
+DATA_TYPES = {"float32": "kFLOAT", "float16": "kHALF", "bfloat16": "kBF16", "int32": "kINT32", "int8": "kINT8"}
 C_TYPES = {"int": "int32_t", "float": "float"}
 MEMBERS = {"int": "integer", "float": "real"}
 OPERATORS = {
@@ -131,6 +131,7 @@ def _tables(spec: OpSpec, sizes: list[str]) -> list[str]:
     for tensor in [*spec.inputs, *spec.outputs]:
         dimensions = [_dimension(dimension, spec, sizes) for dimension in tensor.shape]
         lines += _array("DimensionSpec", f"kShapeOf{_constant(tensor.name)[1:]}", dimensions)
+        lines += _array("TypeSpec", f"kTypeOf{_constant(tensor.name)[1:]}", _types(tensor, spec))
     lines += _array("TensorSpec", "kInputs", [_tensor(tensor, spec) for tensor in spec.inputs])
     lines += _array("TensorSpec", "kOutputs", [_tensor(tensor, spec) for tensor in spec.outputs])
     requirements = [
@@ -176,16 +177,30 @@ def _dimension(dimension: str | int, spec: OpSpec, sizes: list[str]) -> str:
     return f"{{{_text(str(dimension))}, -1, {_function('int64_t', cpp_expression(dimension, spec))}}}"
 
 
+def _types(tensor: Tensor, spec: OpSpec) -> list[str]:
+    chosen = tensor.type
+    if isinstance(chosen, TypeChoice):
+        (attribute,) = (attribute for attribute in spec.attributes if attribute.name == chosen.attribute)
+        if (attribute.minimum, attribute.maximum) != (0, len(chosen.values) - 1):
+            raise ValueError(f"{spec.name}: {tensor.name} needs a type for every value of {attribute.name}")
+    names = chosen.values if isinstance(chosen, TypeChoice) else [chosen]
+    variables = list(spec.types)
+    return [
+        f"{{{variables.index(name)}, nvinfer1::DataType::kFLOAT}}"
+        if name in variables
+        else f"{{-1, nvinfer1::DataType::{DATA_TYPES[name]}}}"
+        for name in names
+    ]
+
+
 def _tensor(tensor: Tensor, spec: OpSpec) -> str:
-    variable, data_type = -1, "kFLOAT"
-    if tensor.type in spec.types:
-        variable = list(spec.types).index(tensor.type)
-    else:
-        data_type = DATA_TYPES[tensor.type]
-    present = "-1" if tensor.present_if is None else f"Attribute::{_constant(tensor.present_if)}"
+    chosen = f"Attribute::{_constant(tensor.type.attribute)}" if isinstance(tensor.type, TypeChoice) else "-1"
+    present = "nullptr"
+    if tensor.present_if is not None:
+        present = _function("bool", f"{cpp_expression(tensor.present_if, spec)} != 0")
     aliases = "-1" if tensor.aliases is None else f"Input::{_constant(tensor.aliases)}"
-    shape = f"kShapeOf{_constant(tensor.name)[1:]}, {len(tensor.shape)}"
-    return f"{{{_text(tensor.name)}, {variable}, nvinfer1::DataType::{data_type}, {shape}, {present}, {aliases}}}"
+    name = _constant(tensor.name)[1:]
+    return f"{{{_text(tensor.name)}, kTypeOf{name}, {chosen}, kShapeOf{name}, {len(tensor.shape)}, {present}, {aliases}}}"
 
 
 def _function(result: str, body: str) -> str:

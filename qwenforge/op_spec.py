@@ -20,7 +20,7 @@ NAMESPACE = "qwenforge"
 PLUGINS = ("moe", "attention")
 """Folders of ``plugins/`` that hold an op.yaml."""
 
-ElementType = Literal["float16", "bfloat16", "int32"]
+ElementType = Literal["float32", "float16", "bfloat16", "int32", "int8"]
 
 
 class _Part(BaseModel):
@@ -38,15 +38,22 @@ class Attribute(_Part):
     multiple_of: int | None = None
 
 
+class TypeChoice(_Part):
+    """An element type or type variable for each value 0, 1, ... of an attribute."""
+
+    attribute: str
+    values: tuple[str, ...]
+
+
 class Tensor(_Part):
     """An input or output.
 
-    ``type`` is an element type or the name of a type variable. ``present_if`` names an attribute: the input exists when
-    that is not 0. ``aliases`` names the input whose memory an output shares.
+    ``type`` is an element type, the name of a type variable, or a choice among those. ``present_if`` is an expression
+    over the attributes: the input exists when it is not 0. ``aliases`` names the input whose memory an output shares.
     """
 
     name: str
-    type: str
+    type: str | TypeChoice
     shape: tuple[str | int, ...]
     meaning: str = ""
     present_if: str | None = None
@@ -99,7 +106,9 @@ class OpSpec(_Part):
     def input_names(self, attributes: dict[str, int | float]) -> list[str]:
         """The inputs that exist under ``attributes``, in order."""
         return [
-            tensor.name for tensor in self.inputs if tensor.present_if is None or attributes[tensor.present_if] != 0
+            tensor.name
+            for tensor in self.inputs
+            if tensor.present_if is None or evaluate(tensor.present_if, attributes) != 0
         ]
 
 

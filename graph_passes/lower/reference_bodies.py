@@ -217,7 +217,9 @@ def _call(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr]
         return node.op_type, inputs, kept, True
     if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("moe").name:
         shared = attributes["num_shared_experts"].as_int() > 0
-        _require(node, attributes["layout_version"].as_int() == LAYOUT_VERSION)
+        numbers = {name: attributes[name].as_int() for name in ("weight_type", "num_experts", "num_local_experts")}
+        _require(node, attributes["layout_version"].as_int() == LAYOUT_VERSION and numbers["weight_type"] == 0)
+        _require(node, numbers["num_local_experts"] == numbers["num_experts"])
         op = "QwenForgeMoEShared" if shared else "QwenForgeMoE"
         return op, inputs, _fields(attributes, "top_k", "normalize_topk"), False
     if node.op_type == "TRT_Attention":

@@ -80,9 +80,13 @@ class PluginExperts(FusionPass):
                 "hidden_size": hidden,
                 "intermediate_size": width,
                 "num_experts": experts,
+                "first_local_expert": 0,
+                "num_local_experts": experts,
                 "num_shared_experts": slices,
                 "top_k": node.attributes["top_k"].as_int(),
                 "normalize_topk": node.attributes["normalize_topk"].as_int(),
+                "weight_type": 0,
+                "group_size": 65536,
                 "layout_version": LAYOUT_VERSION,
             }
             fields = plugin_attributes(spec, attributes, node)

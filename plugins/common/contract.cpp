@@ -45,8 +45,8 @@ Contract::Contract(OpSpec const& spec, AttributeValue const* attributes) noexcep
     std::memcpy(mAttributes, attributes, sizeof(AttributeValue) * static_cast<size_t>(spec.attributeCount));
     for (int32_t i = 0; i < spec.inputCount; ++i)
     {
-        int32_t const condition = spec.inputs[i].presentIf;
-        bool const present = condition < 0 || attributes[condition].integer != 0;
+        BooleanExpression const condition = spec.inputs[i].presentIf;
+        bool const present = condition == nullptr || condition(attributes);
         mPositionOf[i] = present ? mInputCount : -1;
         if (present)
         {
@@ -89,8 +89,8 @@ bool Contract::outputTypes(DataType const* inputs, DataType* outputs, Message& p
     }
     for (int32_t i = 0; i < mSpec->outputCount; ++i)
     {
-        TensorSpec const& output = mSpec->outputs[i];
-        outputs[i] = output.typeVariable < 0 ? output.type : state.types[output.typeVariable];
+        TypeSpec const& type = mSpec->outputs[i].type(mAttributes);
+        outputs[i] = type.variable < 0 ? type.type : state.types[type.variable];
     }
     return true;
 }
@@ -149,23 +149,23 @@ bool Contract::supportsFormat(int32_t position, DynamicPluginTensorDesc const* t
         return false;
     }
     PluginTensorDesc const& asked = tensors[position].desc;
-    TensorSpec const& tensor = tensorAt(position);
+    TypeSpec const& type = tensorAt(position).type(mAttributes);
     if (asked.format != TensorFormat::kLINEAR)
     {
         return false;
     }
-    if (tensor.typeVariable < 0)
+    if (type.variable < 0)
     {
-        return asked.type == tensor.type;
+        return asked.type == type.type;
     }
     for (int32_t i = 0; i < position; ++i)
     {
-        if (tensorAt(i).typeVariable == tensor.typeVariable)
+        if (tensorAt(i).type(mAttributes).variable == type.variable)
         {
             return asked.type == tensors[i].desc.type;
         }
     }
-    return allows(mSpec->typeVariables[tensor.typeVariable], asked.type);
+    return allows(mSpec->typeVariables[type.variable], asked.type);
 }
 
 bool Contract::checkConfiguration(
@@ -278,16 +278,17 @@ int64_t Contract::volume(TensorSpec const& tensor, Binding const& binding) const
 
 bool Contract::acceptType(TensorSpec const& tensor, DataType type, TypeState& state, Message& problem) const noexcept
 {
-    if (tensor.typeVariable < 0)
+    TypeSpec const& expected = tensor.type(mAttributes);
+    if (expected.variable < 0)
     {
-        return type == tensor.type
-            || problem.set("%s is of type %s, not %s", tensor.name, typeName(type), typeName(tensor.type));
+        return type == expected.type
+            || problem.set("%s is of type %s, not %s", tensor.name, typeName(type), typeName(expected.type));
     }
-    char const*& from = state.from[tensor.typeVariable];
-    DataType& bound = state.types[tensor.typeVariable];
+    char const*& from = state.from[expected.variable];
+    DataType& bound = state.types[expected.variable];
     if (from == nullptr)
     {
-        TypeVariableSpec const& variable = mSpec->typeVariables[tensor.typeVariable];
+        TypeVariableSpec const& variable = mSpec->typeVariables[expected.variable];
         from = tensor.name;
         bound = type;
         return allows(variable, type)

@@ -56,15 +56,26 @@ struct TypeVariableSpec
     int32_t typeCount;
 };
 
+struct TypeSpec
+{
+    int32_t variable;        // -1 where the type is fixed
+    nvinfer1::DataType type; // where it is fixed
+};
+
 struct TensorSpec
 {
     char const* name;
-    int32_t typeVariable;    // -1 where the type is fixed
-    nvinfer1::DataType type; // of a tensor whose type is fixed
+    TypeSpec const* types; // one, or one for each value of an attribute
+    int32_t typeAttribute; // that attribute, -1 for none
     DimensionSpec const* shape;
     int32_t rank;
-    int32_t presentIf; // attribute that is 0 where an input is absent, -1 for one that is always there
-    int32_t aliases;   // input whose memory an output shares, -1 for none
+    BooleanExpression presentIf; // null for a tensor that is always there
+    int32_t aliases;             // input whose memory an output shares, -1 for none
+
+    TypeSpec const& type(AttributeValue const* attributes) const noexcept
+    {
+        return types[typeAttribute < 0 ? 0 : attributes[typeAttribute].integer];
+    }
 };
 
 struct RequirementSpec

@@ -42,7 +42,7 @@ inline void checkTypesAndShapes(Subject const& subject, IPluginV3& plugin)
     std::vector<PluginTensorDesc> const tensors = subject.tensors();
     for (int32_t i = 0; i < inputs; ++i)
     {
-        TensorSpec const& tensor = subject.spec->inputs[i];
+        TensorSpec const& tensor = subject.input(static_cast<int32_t>(i));
         DimsExprs shape{};
         shape.nbDims = tensor.rank;
         for (int32_t axis = 0; axis < tensor.rank; ++axis)

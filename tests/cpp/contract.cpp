@@ -65,8 +65,8 @@ Source fromRegistry(char const* tensorrt, char const* plugins)
 int main(int argc, char** argv)
 {
     // tokens, and batch, sequence, capacity, positions, in the order of the generated indices.
-    Subject const moe{&qwenforge::moe_spec::kSpec, {64, 32, 8, 2, 2, 1, 1}, {5}};
-    Subject const withoutShared{&qwenforge::moe_spec::kSpec, {64, 32, 8, 0, 2, 1, 1}, {5}};
+    Subject const moe{&qwenforge::moe_spec::kSpec, {64, 32, 8, 0, 8, 2, 2, 1, 0, 65536, 1}, {5}};
+    Subject const withoutShared{&qwenforge::moe_spec::kSpec, {64, 32, 8, 0, 8, 0, 2, 1, 0, 65536, 1}, {5}};
     Subject const attention{&qwenforge::attention_spec::kSpec, {4, 2, 64, 0.125, 0, 0}, {2, 3, 16, 32}};
 #ifdef LINKED
     if (argc == 2 && std::strcmp(argv[1], "linked") == 0)

@@ -76,13 +76,14 @@ struct Subject
                 desc.dims.d[axis] = dimension.size >= 0 ? given[static_cast<size_t>(dimension.size)]
                                                         : dimension.expression(values.data());
             }
-            desc.type = tensor.typeVariable >= 0 ? type : tensor.type;
+            qwenforge::TypeSpec const& chosen = tensor.type(values.data());
+            desc.type = chosen.variable >= 0 ? type : chosen.type;
             desc.format = nvinfer1::TensorFormat::kLINEAR;
             result.push_back(desc);
         };
         for (int32_t i = 0; i < inputs(); ++i)
         {
-            add(spec->inputs[i]);
+            add(input(i));
         }
         for (int32_t i = 0; i < spec->outputCount; ++i)
         {
@@ -96,15 +97,29 @@ struct Subject
         return tensors(sizes);
     }
 
-    // Without the ones that the fields make absent, which come last.
+    // Of the inputs that the fields do not make absent.
+    std::vector<int32_t> present() const
+    {
+        Fields const fields(*spec, numbers);
+        std::vector<qwenforge::AttributeValue> const values(fields.values.begin(), fields.values.end());
+        std::vector<int32_t> indices;
+        for (int32_t i = 0; i < spec->inputCount; ++i)
+        {
+            qwenforge::BooleanExpression const condition = spec->inputs[i].presentIf;
+            if (condition == nullptr || condition(values.data()))
+            {
+                indices.push_back(i);
+            }
+        }
+        return indices;
+    }
     int32_t inputs() const
     {
-        int32_t count = spec->inputCount;
-        while (spec->inputs[count - 1].presentIf >= 0 && numbers[static_cast<size_t>(spec->inputs[count - 1].presentIf)] == 0)
-        {
-            --count;
-        }
-        return count;
+        return static_cast<int32_t>(present().size());
+    }
+    qwenforge::TensorSpec const& input(int32_t position) const
+    {
+        return spec->inputs[present()[static_cast<size_t>(position)]];
     }
     int32_t outputs() const
     {
@@ -124,7 +139,8 @@ inline std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic(std::vector<nvinfe
 
 inline int64_t bytesOf(nvinfer1::PluginTensorDesc const& tensor)
 {
-    int64_t count = tensor.type == nvinfer1::DataType::kINT32 ? 4 : 2;
+    bool const wide = tensor.type == nvinfer1::DataType::kINT32 || tensor.type == nvinfer1::DataType::kFLOAT;
+    int64_t count = wide ? 4 : tensor.type == nvinfer1::DataType::kINT8 ? 1 : 2;
     for (int32_t axis = 0; axis < tensor.dims.nbDims; ++axis)
     {
         count *= tensor.dims.d[axis];

@@ -80,27 +80,27 @@ inline void checkRuntime(Subject const& subject, IPluginV3& plugin, Source const
         Call wrong = fresh();
         wrong.memory.inputs[i] = nullptr;
         check(enqueue(wrong, wrong.alignedWorkspace()) != 0, "%s: a null %s is an error", name,
-            subject.spec->inputs[i].name);
+            subject.input(static_cast<int32_t>(i)).name);
         wrong = fresh();
         wrong.memory.inputs[i] = static_cast<char const*>(wrong.memory.inputs[i]) + 2;
         check(enqueue(wrong, wrong.alignedWorkspace()) != 0, "%s: an unaligned %s is an error", name,
-            subject.spec->inputs[i].name);
+            subject.input(static_cast<int32_t>(i)).name);
         wrong = fresh();
-        wrong.tensors[i].type = DataType::kFLOAT;
-        check(shapes(wrong) != 0 && enqueue(wrong, wrong.alignedWorkspace()) != 0, "%s: %s in fp32 is an error", name,
-            subject.spec->inputs[i].name);
+        wrong.tensors[i].type = DataType::kINT64;
+        check(shapes(wrong) != 0 && enqueue(wrong, wrong.alignedWorkspace()) != 0, "%s: %s in int64 is an error", name,
+            subject.input(static_cast<int32_t>(i)).name);
         wrong = fresh();
         wrong.tensors[i].format = TensorFormat::kCHW32;
-        check(shapes(wrong) != 0, "%s: %s in another format is an error", name, subject.spec->inputs[i].name);
-        for (int32_t axis = 0; axis < subject.spec->inputs[i].rank; ++axis)
+        check(shapes(wrong) != 0, "%s: %s in another format is an error", name, subject.input(static_cast<int32_t>(i)).name);
+        for (int32_t axis = 0; axis < subject.input(static_cast<int32_t>(i)).rank; ++axis)
         {
             wrong = fresh();
             wrong.tensors[i].dims.d[axis] += 1;
-            int32_t const size = subject.spec->inputs[i].shape[axis].size;
+            int32_t const size = subject.input(static_cast<int32_t>(i)).shape[axis].size;
             // The positions of the tables are the one size that no other tensor has, but for the second table.
             bool const shared = size < 0 || std::strcmp(subject.spec->sizes[size], "positions") != 0 || i > 5;
             check(!shared || (shapes(wrong) != 0 && enqueue(wrong, wrong.alignedWorkspace()) != 0),
-                "%s: dimension %d of %s that does not fit is an error", name, axis, subject.spec->inputs[i].name);
+                "%s: dimension %d of %s that does not fit is an error", name, axis, subject.input(static_cast<int32_t>(i)).name);
         }
     }
     for (int32_t i = 0; i < subject.outputs(); ++i)

@@ -126,7 +126,7 @@ print(sorted((c.name, c.plugin_version, len(c.field_names)) for c in registry.al
              if c.plugin_namespace == "qwenforge"))
 """
     finished = standin("lean" if library == "lean" else "rtx").run("-c", code)
-    assert finished.stdout.strip() == "[('QwenForgeAttention', '1', 6), ('QwenForgeMoE', '1', 7)]", finished.stderr
+    assert finished.stdout.strip() == "[('QwenForgeAttention', '1', 6), ('QwenForgeMoE', '1', 11)]", finished.stderr
 
 
 def test_interface_has_tensorrts_layout(folder: Path) -> None:

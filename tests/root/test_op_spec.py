@@ -12,9 +12,13 @@ MOE: dict[str, int | float] = {
     "hidden_size": 64,
     "intermediate_size": 32,
     "num_experts": 8,
+    "first_local_expert": 0,
+    "num_local_experts": 8,
     "num_shared_experts": 2,
     "top_k": 2,
     "normalize_topk": 0,
+    "weight_type": 0,
+    "group_size": 65536,
     "layout_version": 1,
 }
 ATTENTION: dict[str, int | float] = {
@@ -33,7 +37,8 @@ def test_specification_is_loaded_and_speaks_of_its_own_attributes(plugin: str) -
     attributes = {attribute.name for attribute in spec.attributes}
     assert spec.name.startswith("QwenForge") and spec.version.isdecimal() and len(spec.summary) > 20
     assert all(attribute.meaning for attribute in spec.attributes)
-    assert {tensor.present_if for tensor in spec.inputs} - {None} <= attributes
+    zeros = dict.fromkeys(attributes, 0)
+    assert all(op_spec.evaluate(tensor.present_if, zeros) == 0 for tensor in spec.inputs if tensor.present_if)
     assert {tensor.aliases for tensor in spec.outputs} - {None} <= {tensor.name for tensor in spec.inputs}
 
 
@@ -49,6 +54,12 @@ def test_right_attributes_have_no_problem(plugin: str, attributes: dict[str, int
         ("moe", {"top_k": 0}, "top_k"),
         ("moe", {"num_experts": 257}, "num_experts"),
         ("moe", {"num_experts": 1}, "top_k is larger than num_experts"),
+        ("moe", {"first_local_expert": 1}, "the local experts end behind num_experts"),
+        ("moe", {"weight_type": 4}, "weight_type"),
+        ("moe", {"weight_type": 1}, "intermediate_size that is a multiple of 64"),
+        ("moe", {"weight_type": 1, "hidden_size": 96, "intermediate_size": 64}, "hidden_size that is a multiple of 64"),
+        ("moe", {"weight_type": 1, "intermediate_size": 64, "group_size": 128}, "one scale a row"),
+        ("moe", {"weight_type": 2, "intermediate_size": 64}, "INT4 weights need a group_size of 64 or 128"),
         ("moe", {"hidden_size": 63}, "hidden_size"),
         ("moe", {"layout_version": 2}, "layout_version"),
         ("moe", {"normalize_topk": None}, "normalize_topk"),
@@ -72,6 +83,8 @@ def test_absent_input_is_left_out() -> None:
     spec = op_spec.load("moe")
     assert "shared_gate_logits" in spec.input_names(MOE)
     assert "shared_gate_logits" not in spec.input_names({**MOE, "num_shared_experts": 0})
+    assert "activation_scales" not in spec.input_names({**MOE, "weight_type": 1})
+    assert spec.input_names({**MOE, "weight_type": 3})[-3:] == ["gate_up_scales", "down_scales", "activation_scales"]
 
 
 @pytest.mark.parametrize("expression", ["__import__('os')", "a.b", "a[0]", "'text'", "a ** 2", "lambda: 1"])

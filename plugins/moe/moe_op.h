@@ -1,0 +1,27 @@
+// QwenForgeMoE as both front ends see it: TensorRT's plugin and ONNX Runtime's custom op.
+
+#pragma once
+
+#include "common/contract.h"
+#include "common/element_type.h"
+#include "moe_spec.h"
+
+#include <cuda_runtime_api.h>
+
+namespace qwenforge
+{
+
+struct MoeOp
+{
+    static constexpr OpSpec const& spec() noexcept
+    {
+        return moe_spec::kSpec;
+    }
+
+    static size_t workspaceBytes(Contract const& contract, Binding const& binding) noexcept;
+    static bool checkSizes(Contract const& contract, Binding const& binding, Message& problem) noexcept;
+    static cudaError_t launch(Contract const& contract, Binding const& binding, Tensors const& tensors, void* workspace,
+        size_t workspaceBytes, cudaStream_t stream) noexcept;
+};
+
+} // namespace qwenforge
