@@ -19,6 +19,7 @@ struct SharedType
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
 #define QWENFORGE_SHARED(name, ...) __shared__ typename qwenforge::SharedType<__VA_ARGS__>::Type name
 #define QWENFORGE_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
@@ -56,6 +57,16 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float value)
 {
     return __float2bfloat16_rn(value);
+}
+
+// Past the largest E4M3 number, 448, comes 448; infinity, which E4M3 lacks, becomes NaN.
+template <>
+__device__ __forceinline__ __nv_fp8_e4m3 fromFloat<__nv_fp8_e4m3>(float value)
+{
+    __nv_fp8_e4m3 result;
+    float const finite = value - value == 0.0f ? value : NAN;
+    result.__x = __nv_cvt_float_to_fp8(finite, __NV_SATFINITE, __NV_E4M3);
+    return result;
 }
 
 // Eight elements of 16 bits, read or written in one access; its address is a multiple of 16 bytes.

@@ -1,9 +1,11 @@
-// Matrix instructions and asynchronous copies (SM 80 and up), for kernels whose warps multiply 16 x 16 by 16 x 8.
+// Matrix instructions and asynchronous copies (SM 80 and up; E4M3 SM 89 and up), for kernels whose warps multiply 16 rows by
+// 8 columns.
 //
 // Fragments are those of PTX's mma.m16n8k16, with g = lane / 4 and t = lane % 4:
 //     A  16 x 16, by rows:     registers 0..3 hold rows g, g + 8, g, g + 8 and columns 2t, 2t, 2t + 8, 2t + 8 (and the next)
 //     B  16 x 8, by columns:   registers 0..1 hold rows 2t, 2t + 8 (and the next) of column g
 //     C  16 x 8, fp32:         0..3 hold (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// Those of mma.m16n8k32 for E4M3 are the same with two elements of 8 bits in the place of each of 16.
 
 #pragma once
 
@@ -27,7 +29,7 @@ struct FragmentB
 template <typename T>
 void multiplyAdd(float (&sums)[4], FragmentA const& a, FragmentB const& b)
 {
-    simt::multiplyAdd<T>(sums, a.registers, b.registers);
+    simt::multiplyAdd<T, 16 / sizeof(T) * 2>(sums, a.registers, b.registers);
 }
 
 inline void loadMatrices(uint32_t (&registers)[4], void const* row)
@@ -73,6 +75,20 @@ __device__ __forceinline__ void multiplyAdd<__nv_bfloat16>(float (&sums)[4], Fra
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a.registers[0]), "r"(a.registers[1]), "r"(a.registers[2]), "r"(a.registers[3]), "r"(b.registers[0]),
         "r"(b.registers[1]));
+}
+
+template <>
+__device__ __forceinline__ void multiplyAdd<__nv_fp8_e4m3>(float (&sums)[4], FragmentA const& a, FragmentB const& b)
+{
+#if __CUDA_ARCH__ >= 890
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a.registers[0]), "r"(a.registers[1]), "r"(a.registers[2]), "r"(a.registers[3]), "r"(b.registers[0]),
+        "r"(b.registers[1]));
+#else
+    __trap(); // never launched there: see checkMoe
+#endif
 }
 
 // Four 8 x 8 matrices from shared memory: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned), and

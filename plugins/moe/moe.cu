@@ -1,7 +1,8 @@
 #include "moe/moe.h"
 
-#include "moe/moe_kernels.cuh"
-#include "moe/moe_mma_kernels.cuh"
+#include "moe/experts.h"
+#include "moe/routing.cuh"
+#include "moe/tactics/tactics.h"
 
 namespace qwenforge
 {
@@ -10,35 +11,59 @@ namespace
 
 using namespace moe;
 
-constexpr int64_t kChunkTokens = 512;
+constexpr int64_t kChunkTokens = 2048;
 constexpr size_t kAlignment = 256; // of the parts of the workspace
+
+int32_t storedExperts(MoeShape const& shape) noexcept
+{
+    return shape.numLocalExperts + shape.numSharedExperts;
+}
+
+int32_t tileTokensOf(MoePath path, WeightType weights) noexcept
+{
+    return path == MoePath::kEight ? 8 : path == MoePath::kSixteen ? 16 : wideTokens(weights);
+}
+
+// The most tiles that the experts can need, however the tokens are routed.
+int64_t mostTiles(int64_t pairs, int64_t experts, int32_t tileTokens) noexcept
+{
+    return pairs / tileTokens + (pairs < experts ? pairs : experts);
+}
 
 // The workspace of one chunk. Where `base` is null only the size counts.
 struct Workspace
 {
     Routing routing{};
+    void* tokens{nullptr}; // E4M3
     void* hidden{nullptr};
-    float* partial{nullptr};
+    void* partial{nullptr};
     size_t bytes{0};
 
     Workspace(MoeShape const& shape, void* base) noexcept
     {
-        int64_t const tokens = shape.tokens < kChunkTokens ? shape.tokens : kChunkTokens;
+        int64_t const count = shape.tokens < kChunkTokens ? shape.tokens : kChunkTokens;
         int32_t const slots = shape.topK + shape.numSharedExperts;
-        int64_t const pairs = tokens * slots;
-        routing.tokens = static_cast<int32_t>(tokens);
+        int32_t const stored = storedExperts(shape);
+        int64_t const pairs = count * slots;
+        bool const quantized = shape.weightType == WeightType::kFloat8;
+        routing.tokens = static_cast<int32_t>(count);
         routing.experts = shape.numExperts;
+        routing.firstLocal = shape.firstLocalExpert;
+        routing.localExperts = shape.numLocalExperts;
         routing.sharedExperts = shape.numSharedExperts;
         routing.topK = shape.topK;
         routing.slots = slots;
-        routing.normalize = shape.normalizeTopK;
-        routing.ids = take<int32_t>(base, pairs);
+        routing.normalize = shape.normalizeTopK != 0;
+        routing.stored = take<int32_t>(base, pairs);
         routing.weights = take<float>(base, pairs);
-        routing.counts = take<int32_t>(base, shape.numExperts + shape.numSharedExperts);
+        routing.counts = take<int32_t>(base, stored);
         routing.pairAt = take<int32_t>(base, pairs);
         routing.positionOf = take<int32_t>(base, pairs);
-        hidden = take<uint16_t>(base, pairs * shape.intermediateSize);
-        partial = take<float>(base, pairs * shape.hiddenSize);
+        routing.tiles = take<Tile>(base, mostTiles(pairs, stored, 8));
+        routing.tileCount = take<int32_t>(base, 1);
+        tokens = take<uint8_t>(base, quantized ? count * shape.hiddenSize : 0);
+        hidden = take<uint8_t>(base, pairs * shape.intermediateSize * (quantized ? 1 : 2));
+        partial = take<uint16_t>(base, pairs * shape.hiddenSize);
     }
 
 private:
@@ -51,19 +76,38 @@ private:
     }
 };
 
-bool isValid(MoeShape const& shape) noexcept
+bool checkSize(char const* name, int32_t value, bool packed, Message& problem)
 {
-    return shape.tokens >= 0 && shape.hiddenSize >= 8 && shape.hiddenSize % 8 == 0 && shape.intermediateSize >= 8
-        && shape.intermediateSize % 8 == 0 && shape.numExperts >= 1 && shape.numExperts <= kMaxExperts
-        && shape.numSharedExperts >= 0 && shape.numSharedExperts <= kMaxSharedExperts && shape.topK >= 1
-        && shape.topK <= kMaxTopK && shape.topK <= shape.numExperts;
+    int32_t const multiple = packed ? 64 : 8;
+    return (value >= multiple && value <= 65536 && value % multiple == 0)
+        || problem.set("%s is %d, which has to be a multiple of %d up to 65536", name, value, multiple);
+}
+
+bool checkGroups(MoeShape const& shape, Message& problem)
+{
+    switch (shape.weightType)
+    {
+    case WeightType::kFloat: return true;
+    case WeightType::kInt4:
+        return shape.groupSize == 64 || shape.groupSize == 128
+            || problem.set("group_size is %d: INT4 weights have scales for 64 or 128 columns", shape.groupSize);
+    case WeightType::kInt8:
+    case WeightType::kFloat8:
+        return shape.groupSize == kRowGroupSize
+            || problem.set("group_size is %d: INT8 and FP8 weights have one scale a row, which is a group_size of %d",
+                shape.groupSize, kRowGroupSize);
+    }
+    return problem.set("weight_type is %d, not one of 0 to 3", static_cast<int>(shape.weightType));
 }
 
 bool areValid(MoeShape const& shape, MoeTensors const& tensors) noexcept
 {
+    bool const packed = shape.weightType != WeightType::kFloat;
     return isAddress(tensors.hiddenStates) && isAddress(tensors.routerLogits) && isAddress(tensors.gateUpWeights)
         && isAddress(tensors.downWeights) && isAddress(tensors.output)
-        && (shape.numSharedExperts == 0 || isAddress(tensors.sharedGateLogits));
+        && (shape.numSharedExperts == 0 || isAddress(tensors.sharedGateLogits))
+        && (!packed || (isAddress(tensors.gateUpScales) && isAddress(tensors.downScales)))
+        && (shape.weightType != WeightType::kFloat8 || isAddress(tensors.activationScales));
 }
 
 unsigned blocks(int64_t count, int64_t each) noexcept
@@ -71,105 +115,166 @@ unsigned blocks(int64_t count, int64_t each) noexcept
     return static_cast<unsigned>(ceilDiv(count, each));
 }
 
-// Where the tensors of one chunk begin.
 template <typename T>
-struct Chunk
+T const* from(void const* address, int64_t element) noexcept
 {
-    T const* states;
-    T const* logits;
-    T const* gates;
-    T const* gateUp;
-    T const* down;
-    T* hidden;
-    T* output;
+    return address == nullptr ? nullptr : static_cast<T const*>(address) + element;
+}
 
-    Chunk(MoeShape const& shape, MoeTensors const& tensors, int64_t first, Workspace const& space)
-        : states(static_cast<T const*>(tensors.hiddenStates) + first * shape.hiddenSize)
-        , logits(static_cast<T const*>(tensors.routerLogits) + first * shape.numExperts)
-        , gates(shape.numSharedExperts == 0 ? nullptr : static_cast<T const*>(tensors.sharedGateLogits) + first)
-        , gateUp(static_cast<T const*>(tensors.gateUpWeights))
-        , down(static_cast<T const*>(tensors.downWeights))
-        , hidden(static_cast<T*>(space.hidden))
-        , output(static_cast<T*>(tensors.output) + first * shape.hiddenSize)
+template <typename T>
+void launchRouting(Routing const& routing, T const* logits, T const* gates, cudaStream_t stream)
+{
+    dim3 const threads(kSortThreads);
+    if (static_cast<int64_t>(routing.tokens) * routing.slots <= kFewPairs)
     {
+        QWENFORGE_LAUNCH(routeFew<T>, dim3(1), threads, stream, routing, logits, gates);
+        return;
     }
-};
-
-// The most tiles of `size` positions that the experts can need, however the tokens are routed.
-unsigned mostTiles(Routing const& routing, int32_t size) noexcept
-{
-    int64_t const pairs = static_cast<int64_t>(routing.tokens) * routing.slots;
-    int64_t const experts = routing.experts + routing.sharedExperts;
-    return static_cast<unsigned>(pairs / size + (pairs < experts ? pairs : experts));
+    dim3 const experts(static_cast<unsigned>(routing.localExperts + routing.sharedExperts));
+    QWENFORGE_LAUNCH(routeTokens<T>, dim3(blocks(routing.tokens, kRouteWarps)), dim3(kRouteWarps * kWarpSize), stream,
+        routing, logits, gates);
+    QWENFORGE_LAUNCH(countPairs, experts, threads, stream, routing);
+    QWENFORGE_LAUNCH(placePairs, experts, threads, stream, routing);
 }
 
-template <typename T>
-void projectPlain(MoeShape const& shape, Chunk<T> const& chunk, Workspace const& space, cudaStream_t stream)
+void launchProducts(WeightType weights, ExpertCall const& call, ElementType type, cudaStream_t stream)
 {
-    unsigned const tiles = mostTiles(space.routing, kTilePairs);
-    dim3 const threads(kTileThreads);
-    QWENFORGE_LAUNCH(projectUp<T>, dim3(tiles, blocks(shape.intermediateSize, kTileRows / 2)), threads, stream,
-        space.routing, chunk.states, chunk.gateUp, shape.hiddenSize, shape.intermediateSize, chunk.hidden);
-    QWENFORGE_LAUNCH(projectDown<T>, dim3(tiles, blocks(shape.hiddenSize, kTileRows)), threads, stream, space.routing,
-        static_cast<T const*>(chunk.hidden), chunk.down, shape.hiddenSize, shape.intermediateSize, space.partial);
+    switch (weights)
+    {
+    case WeightType::kFloat: launchExperts<WeightType::kFloat>(call, type, stream); break;
+    case WeightType::kInt8: launchExperts<WeightType::kInt8>(call, type, stream); break;
+    case WeightType::kInt4: launchExperts<WeightType::kInt4>(call, type, stream); break;
+    case WeightType::kFloat8: launchExperts<WeightType::kFloat8>(call, type, stream); break;
+    }
 }
 
-template <typename T, int32_t kTokens>
-void projectMatrix(MoeShape const& shape, Chunk<T> const& chunk, Workspace const& space, cudaStream_t stream)
-{
-    unsigned const tiles = mostTiles(space.routing, kTokens);
-    dim3 const threads(kMmaThreads);
-    QWENFORGE_LAUNCH((projectUpMma<T, kTokens>), dim3(tiles, blocks(shape.intermediateSize, kMmaRows / 2)), threads,
-        stream, space.routing, chunk.states, chunk.gateUp, shape.hiddenSize, shape.intermediateSize, chunk.hidden);
-    QWENFORGE_LAUNCH((projectDownMma<T, kTokens>), dim3(tiles, blocks(shape.hiddenSize, kMmaRows)), threads, stream,
-        space.routing, static_cast<T const*>(chunk.hidden), chunk.down, shape.hiddenSize, shape.intermediateSize,
-        space.partial);
-}
-
+// The tokens from `first` on, as many as the workspace is for.
 template <typename T>
 cudaError_t launchChunk(MoeShape const& shape, MoeTensors const& tensors, int64_t first, Workspace const& space,
-    MoePath path, cudaStream_t stream)
+    ElementType type, MoePath path, cudaStream_t stream)
 {
-    Routing const& routing = space.routing;
-    auto const experts = static_cast<unsigned>(routing.experts + routing.sharedExperts);
-    Chunk<T> const chunk(shape, tensors, first, space);
-    QWENFORGE_LAUNCH(routeTokens<T>, dim3(blocks(routing.tokens, kRouteWarps)), dim3(kRouteWarps * kWarpSize), stream,
-        routing, chunk.logits, chunk.gates);
-    QWENFORGE_LAUNCH(countPairs, dim3(experts), dim3(kSortThreads), stream, routing);
-    QWENFORGE_LAUNCH(placePairs, dim3(experts), dim3(kSortThreads), stream, routing);
-    bool const few = static_cast<int64_t>(routing.tokens) * routing.slots <= static_cast<int64_t>(experts) * kFewTokens;
-    switch (path)
+    Routing routing = space.routing;
+    routing.tileTokens = tileTokensOf(path, shape.weightType);
+    int64_t const pairs = static_cast<int64_t>(routing.tokens) * routing.slots;
+    launchRouting(routing, from<T>(tensors.routerLogits, first * shape.numExperts),
+        from<T>(tensors.sharedGateLogits, first), stream);
+
+    T const* const states = from<T>(tensors.hiddenStates, first * shape.hiddenSize);
+    auto const* const scales = static_cast<float const*>(tensors.activationScales);
+    int32_t const groupShift = shape.groupSize == 128 ? 1 : 0;
+    ExpertCall call{};
+    call.routing = routing;
+    call.tiles = static_cast<unsigned>(mostTiles(pairs, storedExperts(shape), routing.tileTokens));
+    call.up = {states, static_cast<unsigned char const*>(tensors.gateUpWeights), tensors.gateUpScales, scales,
+        space.hidden, 2 * shape.intermediateSize, shape.hiddenSize, groupShift};
+    call.down = {space.hidden, static_cast<unsigned char const*>(tensors.downWeights), tensors.downScales, scales,
+        space.partial, shape.hiddenSize, shape.intermediateSize, groupShift};
+    if (shape.weightType == WeightType::kFloat8)
     {
-    case MoePath::kPlain: projectPlain<T>(shape, chunk, space, stream); break;
-    case MoePath::kMatrix:
-        few ? projectMatrix<T, kFewTokens>(shape, chunk, space, stream)
-            : projectMatrix<T, kManyTokens>(shape, chunk, space, stream);
-        break;
-    default: return cudaErrorInvalidValue;
+        int64_t const count = static_cast<int64_t>(routing.tokens) * shape.hiddenSize;
+        auto* const quantized = static_cast<__nv_fp8_e4m3*>(space.tokens);
+        QWENFORGE_LAUNCH(quantizeTokens<T>, dim3(blocks(count, 8 * kQuantizeThreads)), dim3(kQuantizeThreads), stream,
+            states, count, scales, quantized);
+        call.up.inputs = quantized;
     }
+    launchProducts(shape.weightType, call, type, stream);
+    T* const output = static_cast<T*>(tensors.output) + first * shape.hiddenSize;
     QWENFORGE_LAUNCH(combine<T>,
         dim3(static_cast<unsigned>(routing.tokens), blocks(shape.hiddenSize, kCombineThreads)), dim3(kCombineThreads),
-        stream, routing, static_cast<float const*>(space.partial), shape.hiddenSize, chunk.output);
+        stream, routing, static_cast<T const*>(space.partial), shape.hiddenSize, output);
     return cudaGetLastError();
 }
 
 } // namespace
 
+int32_t currentSm()
+{
+    int device = 0;
+    int major = 0;
+    int minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess
+        || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess
+        || cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    {
+        static_cast<void>(cudaGetLastError()); // or a later launch would report it
+        return 0;
+    }
+    return 10 * major + minor;
+}
+
+MoePath chosenPath(MoeShape const& shape, int32_t sm)
+{
+    Tactic const& tactic = tacticFor(sm, shape.weightType);
+    if (shape.tokens <= tactic.eightUpTo)
+    {
+        return MoePath::kEight;
+    }
+    int64_t const pairs = shape.tokens * (shape.topK + shape.numSharedExperts);
+    int64_t const experts = shape.numExperts + shape.numSharedExperts;
+    return pairs <= tactic.sixteenUpTo * experts ? MoePath::kSixteen : MoePath::kWide;
+}
+
+bool checkMoe(MoeShape const& shape, int32_t sm, Message& problem)
+{
+    bool const packed = shape.weightType != WeightType::kFloat;
+    if (!checkGroups(shape, problem) || !checkSize("hidden_size", shape.hiddenSize, packed, problem)
+        || !checkSize("intermediate_size", shape.intermediateSize, packed, problem))
+    {
+        return false;
+    }
+    if (shape.numExperts < 1 || shape.numExperts > kMaxExperts)
+    {
+        return problem.set("num_experts is %d, not within 1 and %d", shape.numExperts, kMaxExperts);
+    }
+    if (shape.firstLocalExpert < 0 || shape.numLocalExperts < 1
+        || shape.firstLocalExpert > shape.numExperts - shape.numLocalExperts)
+    {
+        return problem.set("the %d local experts from %d on are not among the %d experts", shape.numLocalExperts,
+            shape.firstLocalExpert, shape.numExperts);
+    }
+    if (shape.numSharedExperts < 0 || shape.numSharedExperts > kMaxSharedExperts)
+    {
+        return problem.set("num_shared_experts is %d, not within 0 and %d", shape.numSharedExperts, kMaxSharedExperts);
+    }
+    if (shape.topK < 1 || shape.topK > kMaxTopK || shape.topK > shape.numExperts)
+    {
+        return problem.set("top_k is %d, not within 1 and %d or above num_experts, %d", shape.topK, kMaxTopK,
+            shape.numExperts);
+    }
+    if (shape.tokens < 0)
+    {
+        return problem.set("the number of tokens is negative");
+    }
+    if (shape.weightType == WeightType::kFloat8 && sm > 0 && sm < 89)
+    {
+        return problem.set("FP8 experts need a GPU with SM 89 or newer, this one has SM %d: use INT8 or INT4 weights",
+            sm);
+    }
+    return true;
+}
+
 size_t moeWorkspaceBytes(MoeShape const& shape)
 {
-    return isValid(shape) ? Workspace(shape, nullptr).bytes : 0;
+    Message problem;
+    return checkMoe(shape, /*sm=*/0, problem) ? Workspace(shape, nullptr).bytes : 0;
 }
 
 cudaError_t launchMoe(MoeShape const& shape, ElementType type, MoeTensors const& tensors, void* workspace,
     size_t workspaceBytes, cudaStream_t stream, MoePath path)
 {
-    if (!isValid(shape))
+    Message problem;
+    if (!checkMoe(shape, /*sm=*/0, problem))
     {
         return cudaErrorInvalidValue;
     }
     if (shape.tokens == 0)
     {
         return cudaSuccess;
+    }
+    int32_t const sm = currentSm();
+    if (!checkMoe(shape, sm, problem))
+    {
+        return cudaErrorNotSupported;
     }
     if (!areValid(shape, tensors) || !isAddress(workspace) || workspaceBytes < moeWorkspaceBytes(shape))
     {
@@ -178,11 +283,16 @@ cudaError_t launchMoe(MoeShape const& shape, ElementType type, MoeTensors const&
     for (int64_t first = 0; first < shape.tokens; first += kChunkTokens)
     {
         MoeShape chunk = shape;
-        chunk.tokens = shape.tokens - first; // cut to the chunk by Workspace
+        chunk.tokens = shape.tokens - first < kChunkTokens ? shape.tokens - first : kChunkTokens;
+        MoePath const chosen = path == MoePath::kTable ? chosenPath(chunk, sm) : path;
+        if (chosen < MoePath::kEight || chosen > MoePath::kWide)
+        {
+            return cudaErrorNotSupported;
+        }
         Workspace const space(chunk, workspace);
         cudaError_t const error = type == ElementType::kFloat16
-            ? launchChunk<__half>(chunk, tensors, first, space, path, stream)
-            : launchChunk<__nv_bfloat16>(chunk, tensors, first, space, path, stream);
+            ? launchChunk<__half>(chunk, tensors, first, space, type, chosen, stream)
+            : launchChunk<__nv_bfloat16>(chunk, tensors, first, space, type, chosen, stream);
         if (error != cudaSuccess)
         {
             return error;

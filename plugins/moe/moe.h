@@ -57,11 +57,11 @@ struct MoeTensors
 // How the products of the experts are computed.
 enum class MoePath : int32_t
 {
-    kTable = 0,     // what moe/tactics says for this GPU and number of tokens
-    kEight = 1,     // tiles of 8 tokens, the columns of a weight row spread over four warps
-    kSixteen = 2,   // the same with 16 tokens
-    kSixtyFour = 3, // tiles of 64 tokens
-    kGrouped = 4,   // CUTLASS's grouped GEMM: SM 90, kFloat weights; only in a library built with CUTLASS
+    kTable = 0,   // what moe/tactics says for this GPU and number of tokens
+    kEight = 1,   // tiles of 8 tokens, the columns of a weight row spread over four warps
+    kSixteen = 2, // the same with 16 tokens
+    kWide = 3,    // tiles of 64 tokens, with INT4 and FP8 weights of 48
+    kGrouped = 4, // CUTLASS's grouped GEMM: SM 90, kFloat weights; only in a library built with CUTLASS
 };
 
 // The compute capability of the current device, 90 for 9.0; 0 where there is none.

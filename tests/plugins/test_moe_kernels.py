@@ -5,21 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
+from qwenforge.plugins.moe.packing import (
+    ROW_GROUP,
+    Expert,
+    WeightType,
+    pack_experts,
+    unpack_int4,
+    unpack_int8,
+)
 from support import simt
-from support.tolerances import BFLOAT16, FLOAT16
+from support.tolerances import BFLOAT16, FLOAT8, FLOAT16
 
 pytestmark = pytest.mark.skipif(bool(simt.why_missing()), reason=simt.why_missing() or "-")
 
 DTYPES = {"float16": (torch.float16, FLOAT16), "bfloat16": (torch.bfloat16, BFLOAT16)}
 
 
+PATHS = {"table": 0, "eight": 1, "sixteen": 2, "wide": 3}
+"""qwenforge::MoePath."""
+WEIGHTS = {
+    "as the tokens": (WeightType.FLOAT, ROW_GROUP),
+    "int8": (WeightType.INT8, ROW_GROUP),
+    "int4, groups of 64": (WeightType.INT4, 64),
+    "int4, groups of 128": (WeightType.INT4, 128),
+    "fp8": (WeightType.FLOAT8, ROW_GROUP),
+}
+PACKED = list(WEIGHTS)[1:]
+
+
 @dataclass(frozen=True)
 class Shape:
-    """T tokens, C hidden size, I intermediate size, E experts, Es shared ones, K of a token."""
+    """T tokens, C hidden size, I intermediate size, E experts, El local and Es shared ones, K of a token."""
 
     tokens: int = 5
     hidden: int = 64
@@ -29,12 +50,22 @@ class Shape:
     top_k: int = 2
     normalize: bool = False
     path: int = 0
-    """0: plain, 1: matrix instructions."""
+    weight_type: WeightType = WeightType.FLOAT
+    group_size: int = ROW_GROUP
+    first_local: int = 0
+    local: int | None = None
+    """All of them if None."""
+
+    @property
+    def stored(self) -> int:
+        """El + Es."""
+        return (self.experts if self.local is None else self.local) + self.shared
 
     @property
     def numbers(self) -> list[float]:
         """As the driver takes them."""
-        return [self.tokens, self.hidden, self.width, self.experts, self.shared, self.top_k, self.normalize, self.path]
+        routed = [self.experts, self.first_local, self.stored - self.shared, self.shared, self.top_k, self.normalize]
+        return [self.tokens, self.hidden, self.width, *routed, self.weight_type, self.group_size, self.path]
 
 
 @dataclass(frozen=True)
@@ -65,18 +96,61 @@ class Inputs:
             gates=draw(shape.tokens, 1, scale=1.0),
         )
 
-    def packed(self) -> torch.Tensor:
-        """[E + Es, 2 I, C], 8 rows of the gate and then the 8 of up, written from the layout's description."""
-        stored, width, hidden = self.gate.shape
-        tiles = torch.stack(
-            [self.gate.view(stored, width // 8, 8, hidden), self.up.view(stored, width // 8, 8, hidden)], 2
-        )
-        return tiles.reshape(stored, 2 * width, hidden)
+
+@dataclass(frozen=True)
+class Packed:
+    """What the kernels get of the weights, and the float64 values that stands for: gate_up [stored, 2 I, C], down."""
+
+    tensors: list[np.ndarray]
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    activation_scales: torch.Tensor | None
 
 
-def _reference(shape: Shape, inputs: Inputs) -> torch.Tensor:
-    """float64, one token and one expert at a time."""
-    hidden, gate, up, down = (value.double() for value in (inputs.hidden, inputs.gate, inputs.up, inputs.down))
+def _packed(shape: Shape, inputs: Inputs) -> Packed:
+    local = [*range(shape.first_local, shape.first_local + shape.stored - shape.shared)]
+    kept = [*local, *range(shape.experts, shape.experts + shape.shared)]
+    gate, up, down = (value[kept] for value in (inputs.gate, inputs.up, inputs.down))
+    rows = torch.stack([gate.unflatten(1, (-1, 8)), up.unflatten(1, (-1, 8))], 2).flatten(1, 3)
+    if shape.weight_type is WeightType.FLOAT:
+        return Packed([_bits(rows), _bits(down)], rows.double(), down.double(), None)
+    scales_as = ml_dtypes.bfloat16 if gate.dtype == torch.bfloat16 else np.float16
+    experts = (Expert(*(value.float().numpy() for value in one)) for one in zip(gate, up, down, strict=True))
+    made = list(pack_experts(experts, shape.weight_type, group_size=shape.group_size, scale_dtype=scales_as))
+    tensors, values = [], []
+    for part in ("gate_up", "down"):
+        data, scales = (np.stack([getattr(one, name) for one in made]) for name in (part, f"{part}_scales"))
+        tensors.append((data, scales))
+        values.append(_dequantized(shape, data, scales))
+    activations = None
+    if shape.weight_type is WeightType.FLOAT8:
+        activations = torch.linspace(0.008, 0.012, 1 + shape.stored)
+    arrays = [data for data, _ in tensors] + [scales for _, scales in tensors]
+    return Packed(arrays, values[0], values[1], activations)
+
+
+def _dequantized(shape: Shape, data: np.ndarray, scales: np.ndarray) -> torch.Tensor:
+    match shape.weight_type:
+        case WeightType.INT8:
+            values = unpack_int8(data).astype(np.float64)
+        case WeightType.INT4:
+            values = unpack_int4(data).astype(np.float64)
+        case _:
+            values = data.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    of_column = np.repeat(scales.astype(np.float64), shape.group_size, 1)[:, : values.shape[-1]]
+    return torch.from_numpy(values * np.swapaxes(of_column, 1, 2))
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.int16).numpy()
+
+
+def _reference(shape: Shape, inputs: Inputs, packed: Packed | None = None) -> torch.Tensor:
+    """float64, one token and one expert at a time, with the weights that the packed ones stand for."""
+    packed = packed or _packed(shape, inputs)
+    split = packed.gate_up.unflatten(1, (-1, 2, 8))
+    gate, up = split[:, :, 0].flatten(1, 2), split[:, :, 1].flatten(1, 2)
+    hidden, down, scales = inputs.hidden.double(), packed.down, packed.activation_scales
     probabilities = torch.softmax(inputs.logits.double(), -1)
     result = torch.zeros(shape.tokens, shape.hidden, dtype=torch.float64)
     for token in range(shape.tokens):
@@ -86,20 +160,33 @@ def _reference(shape: Shape, inputs: Inputs) -> torch.Tensor:
         if shape.normalize:
             total = sum(weights.values())
             weights = {expert: weight / total for expert, weight in weights.items()}
+        local = {expert - shape.first_local: weight for expert, weight in weights.items()}
+        local = {expert: weight for expert, weight in local.items() if 0 <= expert < shape.stored - shape.shared}
         opened = float(torch.sigmoid(inputs.gates[token, 0].double()))
-        weights |= {shape.experts + index: opened for index in range(shape.shared)}
-        for expert, weight in weights.items():
-            x = hidden[token]
+        local |= {shape.stored - shape.shared + index: opened for index in range(shape.shared)}
+        for expert, weight in local.items():
+            x = hidden[token] if scales is None else _float8(hidden[token], scales[0])
             active = torch.nn.functional.silu(gate[expert] @ x) * (up[expert] @ x)
+            if scales is not None:
+                active = _float8(active, scales[1 + expert])
             result[token] += weight * (down[expert] @ active)
     return result
 
 
+def _float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What is left of ``values`` as E4M3 numbers times ``scale``."""
+    quantized = (values / scale.double()).clamp(-448, 448).float().to(torch.float8_e4m3fn)
+    return quantized.double() * scale.double()
+
+
 def _run(shape: Shape, inputs: Inputs, dtype: str, **options: Any) -> torch.Tensor:
-    tensors = [inputs.hidden, inputs.logits, inputs.packed(), inputs.down]
+    packed = _packed(shape, inputs)
+    arrays = [_bits(inputs.hidden), _bits(inputs.logits), *packed.tensors[:2]]
     if shape.shared:
-        tensors.append(inputs.gates)
-    arrays = [tensor.contiguous().view(torch.int16).numpy() for tensor in tensors]
+        arrays.append(_bits(inputs.gates))
+    arrays += packed.tensors[2:]
+    if packed.activation_scales is not None:
+        arrays.append(packed.activation_scales.numpy())
     raw = simt.run("moe", dtype, shape.numbers, arrays, **options)
     flat = torch.from_numpy(np.frombuffer(raw, np.int16).copy()).view(DTYPES[dtype][0])
     return flat.view(shape.tokens, shape.hidden)
@@ -110,7 +197,6 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
-PATHS = {"plain": 0, "matrix": 1}
 SHAPES = {
     "plain": Shape(),
     "one token": Shape(tokens=1),
@@ -127,7 +213,14 @@ SHAPES = {
     "256 experts, top 8": Shape(tokens=3, hidden=16, width=8, experts=256, top_k=8),
     "33 experts": Shape(tokens=4, hidden=16, width=8, experts=33, top_k=8, normalize=True),
     "many tokens of one expert": Shape(tokens=150, hidden=40, width=24, experts=2, top_k=1),
-    "two chunks": Shape(tokens=515, hidden=8, width=8, experts=3, top_k=1, shared=1),
+    "more pairs than one block sorts": Shape(tokens=515, hidden=8, width=8, experts=3, top_k=1, shared=1),
+}
+PACKED_SHAPES = {
+    "one token": Shape(tokens=1, width=64, experts=4),
+    "a slice without columns": Shape(tokens=9, width=64, experts=3, top_k=2, shared=2, normalize=True),
+    "rows behind the last block": Shape(tokens=20, hidden=192, width=320, experts=3, top_k=1, shared=1),
+    "half a group of 128": Shape(tokens=5, hidden=576, width=192, experts=5, top_k=3),
+    "more pairs than one block sorts": Shape(tokens=130, width=64, experts=2, top_k=2, shared=2),
 }
 
 
@@ -140,25 +233,69 @@ def test_experts_agree_with_float64(name: str, path: str, dtype: str) -> None:
     assert _error(_run(shape, inputs, dtype), _reference(shape, inputs)) < DTYPES[dtype][1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "table"])
+@pytest.mark.parametrize("weights", PACKED)
+@pytest.mark.parametrize("name", PACKED_SHAPES)
+def test_packed_weights_agree_with_float64(name: str, weights: str, path: str, dtype: str) -> None:
+    kind, group_size = WEIGHTS[weights]
+    shape = replace(PACKED_SHAPES[name], path=PATHS[path], weight_type=kind, group_size=group_size)
+    inputs = Inputs.random(shape, DTYPES[dtype][0], seed=len(name))
+    # An activation on the edge between two E4M3 numbers may fall to either side.
+    bound = FLOAT8 if kind is WeightType.FLOAT8 else DTYPES[dtype][1]
+    assert _error(_run(shape, inputs, dtype), _reference(shape, inputs)) < bound
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("first_local", [0, 3])
+def test_parts_of_the_experts_add_up(weights: str, first_local: int) -> None:
+    """Each part is right by itself, a part that no token goes to included."""
+    kind, group_size = WEIGHTS[weights]
+    whole = Shape(tokens=40, width=64, experts=16, top_k=3, normalize=True, weight_type=kind, group_size=group_size)
+    inputs = Inputs.random(replace(whole, shared=2), torch.float16, seed=3)
+    inputs.logits[:, 13:] = -30
+    bound = FLOAT8 if kind is WeightType.FLOAT8 else FLOAT16
+    largest = _reference(replace(whole, shared=2), inputs).abs().max()
+    for start, count, shared in ((first_local, 9, 2), (first_local + 9, 4 - first_local, 0), (13, 3, 0)):
+        part = replace(whole, first_local=start, local=count, shared=shared)
+        expected = _reference(part, replace(inputs, gate=inputs.gate, up=inputs.up, down=inputs.down))
+        found = _run(part, inputs, "float16")
+        assert float((found.double() - expected).abs().max() / largest) < bound
+    assert not found.any()
+
+
+CHECKED = [
+    *((name, weights) for name in ("odd sizes", "256 experts, top 8") for weights in ("as the tokens",)),
+    *((name, weights) for name in ("rows behind the last block", "half a group of 128") for weights in WEIGHTS),
+]
+
+
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["odd sizes", "four shared slices", "256 experts, top 8", "more pairs than a tile"])
-def test_nothing_outside_the_tensors_is_touched(name: str, path: str) -> None:
-    shape = replace(SHAPES[name], path=PATHS[path])
+@pytest.mark.parametrize(("name", "weights"), CHECKED)
+def test_nothing_outside_the_tensors_is_touched(name: str, weights: str, path: str) -> None:
+    kind, group_size = WEIGHTS[weights]
+    shape = {**SHAPES, **PACKED_SHAPES}[name]
+    shape = replace(shape, path=PATHS[path], weight_type=kind, group_size=group_size)
     inputs = Inputs.random(shape, torch.bfloat16, seed=1)
-    assert _error(_run(shape, inputs, "bfloat16", checked=True), _reference(shape, inputs)) < BFLOAT16
+    bound = FLOAT8 if kind is WeightType.FLOAT8 else BFLOAT16
+    assert _error(_run(shape, inputs, "bfloat16", checked=True), _reference(shape, inputs)) < bound
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["17 tokens", "four shared slices", "33 experts"])
-def test_every_order_of_threads_gives_the_same_bits(name: str, path: str) -> None:
-    shape = replace(SHAPES[name], path=PATHS[path])
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "table"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", ["a slice without columns", "more pairs than one block sorts"])
+def test_every_order_of_threads_gives_the_same_bits(name: str, weights: str, path: str) -> None:
+    kind, group_size = WEIGHTS[weights]
+    shape = replace(PACKED_SHAPES[name], path=PATHS[path], weight_type=kind, group_size=group_size)
     inputs = Inputs.random(shape, torch.float16, seed=2)
     first, *others = (_run(shape, inputs, "float16", schedule=number) for number in (0, 1, 2, 3))
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_no_token_is_no_work() -> None:
-    shape = Shape(tokens=0)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_no_token_is_no_work(weights: str) -> None:
+    kind, group_size = WEIGHTS[weights]
+    shape = Shape(tokens=0, width=64, weight_type=kind, group_size=group_size)
     assert _run(shape, Inputs.random(shape, torch.float16), "float16").shape == (0, shape.hidden)
 
 
@@ -202,26 +339,56 @@ def test_a_row_of_nan_logits_is_nan() -> None:
     assert torch.isnan(found[1]).all() and torch.isfinite(found[[0, 2, 3]]).all()
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_not_lost_with_packed_weights(weights: str, value: float) -> None:
+    kind, group_size = WEIGHTS[weights]
+    shape = Shape(tokens=3, width=64, experts=3, weight_type=kind, group_size=group_size)
+    inputs = Inputs.random(shape, torch.bfloat16, seed=7)
+    inputs.hidden[1, 5] = value
+    found = _run(shape, inputs, "bfloat16")
+    assert not torch.isfinite(found[1]).any() and torch.isfinite(found[[0, 2]]).all()
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "sentence"),
     [
-        {"hidden": 12},
-        {"width": 4},
-        {"experts": 257, "top_k": 2},
-        {"top_k": 9},
-        {"top_k": 5, "experts": 4},
-        {"shared": 65},
+        ({"hidden": 12}, "hidden_size is 12, which has to be a multiple of 8"),
+        ({"width": 4}, "intermediate_size is 4, which has to be a multiple of 8"),
+        ({"width": 32, "weight_type": WeightType.INT8}, "intermediate_size is 32, which has to be a multiple of 64"),
+        ({"hidden": 96, "width": 64, "weight_type": WeightType.FLOAT8}, "hidden_size is 96, .* a multiple of 64"),
+        ({"experts": 257}, "num_experts is 257, not within 1 and 256"),
+        ({"top_k": 9}, "top_k is 9, not within 1 and 8"),
+        ({"top_k": 5, "experts": 4}, "top_k is 5, not within 1 and 8 or above num_experts, 4"),
+        ({"shared": 65}, "num_shared_experts is 65, not within 0 and 64"),
+        ({"first_local": 5, "local": 4}, "the 4 local experts from 5 on are not among the 8 experts"),
+        ({"local": 0}, "the 0 local experts from 0 on"),
+        ({"width": 64, "weight_type": WeightType.INT4, "group_size": 32}, "group_size is 32: INT4 weights"),
+        ({"width": 64, "weight_type": WeightType.INT8, "group_size": 64}, "group_size is 64: INT8 and FP8 weights"),
     ],
     ids=str,
 )
-def test_size_that_is_not_supported_is_an_error_and_computes_nothing(change: dict[str, int]) -> None:
+def test_size_that_is_not_supported_is_named_and_computes_nothing(change: dict[str, Any], sentence: str) -> None:
     shape = replace(Shape(tokens=2), **change)
-    padded = replace(shape, width=max(shape.width, 8))
-    inputs = Inputs.random(padded, torch.float16)
-    tensors = [inputs.hidden, inputs.logits, inputs.gate, inputs.up, inputs.down, inputs.down, inputs.gates]
-    arrays = [tensor.contiguous().view(torch.int16).numpy() for tensor in tensors]
-    with pytest.raises(simt.KernelError, match=r"^exit code 1: $"):
-        simt.run("moe", "float16", shape.numbers, arrays)
+    plenty = np.zeros(1 << 22, np.int8)
+    with pytest.raises(simt.KernelError, match=rf"^exit code 1: {sentence}.*\n$"):
+        simt.run("moe", "float16", shape.numbers, [plenty])
+
+
+@pytest.mark.parametrize(("sm", "refused"), [(80, True), (86, True), (87, True), (89, False), (120, False)])
+def test_fp8_is_refused_below_sm_89_with_the_alternatives(
+    sm: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if simt.ON_GPU:
+        pytest.skip("the compute capability is the GPU's")
+    monkeypatch.setenv("SIMT_SM", str(sm))
+    shape = Shape(tokens=2, width=64, weight_type=WeightType.FLOAT8)
+    inputs = Inputs.random(shape, torch.float16)
+    if not refused:
+        assert torch.isfinite(_run(shape, inputs, "float16")).all()
+        return
+    with pytest.raises(simt.KernelError, match=rf"SM 89 or newer, this one has SM {sm}: use INT8 or INT4 weights"):
+        _run(shape, inputs, "float16")
 
 
 @pytest.mark.parametrize("normalize", [False, True])

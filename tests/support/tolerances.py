@@ -16,3 +16,7 @@ FLOAT16 = 4e-3
 
 BFLOAT16 = 3e-2
 """One fused bf16 operator against fp32, relative: four units in the last place (2^-7) of a bf16 number."""
+
+FLOAT8 = 4e-2
+"""One fused operator with E4M3 activations against the same rounding in float64, relative: a few of a sum's 64 terms
+may fall to the other side of an edge, each by an eighth of itself, and the result is rounded to bf16."""

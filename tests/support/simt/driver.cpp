@@ -3,10 +3,15 @@
 // workspace filled with 0xff (NaN). With QWENFORGE_SIMT the kernels run in the emulator; compiled by nvcc, on the GPU,
 // where SCHEDULE means nothing.
 //
-//   moe        T C I E Es K normalize path   hidden logits gateUp down [sharedGate]                    -> output
+//   moe        T C I E first El Es K normalize weights group path
+//                              hidden logits gateUp down [sharedGate] [gateUpScales downScales [activationScales]] -> output
 //   attention  B S M P Hq Hk D window scale  query key value cos sin positions starts keys values      -> output keys values
 
 #include "attention/attention.cu"
+#include "moe/experts_float.cu"
+#include "moe/experts_float8.cu"
+#include "moe/experts_int4.cu"
+#include "moe/experts_int8.cu"
 #include "moe/moe.cu"
 
 #include <algorithm>
@@ -20,6 +25,19 @@
 #ifdef QWENFORGE_SIMT
 cudaError_t cudaGetLastError()
 {
+    return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device)
+{
+    *device = 0;
+    return cudaSuccess;
+}
+// SIMT_SM is the emulated device's compute capability, 90 by default.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int)
+{
+    char const* const text = std::getenv("SIMT_SM");
+    int const sm = text == nullptr ? 90 : std::atoi(text);
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? sm / 10 : sm % 10;
     return cudaSuccess;
 }
 #endif
@@ -131,22 +149,38 @@ constexpr int64_t kElement = 2;
 
 cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
 {
+    using qwenforge::WeightType;
     qwenforge::MoeShape shape{};
     shape.tokens = static_cast<int64_t>(n[0]);
     shape.hiddenSize = static_cast<int32_t>(n[1]);
     shape.intermediateSize = static_cast<int32_t>(n[2]);
     shape.numExperts = static_cast<int32_t>(n[3]);
-    shape.numSharedExperts = static_cast<int32_t>(n[4]);
-    shape.topK = static_cast<int32_t>(n[5]);
-    shape.normalizeTopK = n[6] != 0;
-    int64_t const stored = shape.numExperts + shape.numSharedExperts;
+    shape.firstLocalExpert = static_cast<int32_t>(n[4]);
+    shape.numLocalExperts = static_cast<int32_t>(n[5]);
+    shape.numSharedExperts = static_cast<int32_t>(n[6]);
+    shape.topK = static_cast<int32_t>(n[7]);
+    shape.normalizeTopK = static_cast<int32_t>(n[8]);
+    shape.weightType = static_cast<WeightType>(static_cast<int32_t>(n[9]));
+    shape.groupSize = static_cast<int32_t>(n[10]);
+    bool const isInt4 = shape.weightType == WeightType::kInt4;
+    bool const isPacked = shape.weightType != WeightType::kFloat;
+    int64_t const stored = shape.numLocalExperts + shape.numSharedExperts;
     int64_t const matrix = static_cast<int64_t>(shape.hiddenSize) * shape.intermediateSize;
+    int64_t const weightBytes = isPacked ? (isInt4 ? matrix / 2 : matrix) : kElement * matrix;
+    int64_t const scale = isInt4 ? kElement : 4;
+    auto const scaleBytes = [&](int64_t rows, int64_t depth) {
+        int64_t const groups = shape.groupSize > 0 ? (depth + shape.groupSize - 1) / shape.groupSize : 0;
+        return isPacked ? scale * stored * groups * rows : 0;
+    };
     int64_t const states = kElement * shape.tokens * shape.hiddenSize;
     Buffer const hidden = read(states);
     Buffer const logits = read(kElement * shape.tokens * shape.numExperts);
-    Buffer const gateUp = read(kElement * stored * 2 * matrix);
-    Buffer const down = read(kElement * stored * matrix);
+    Buffer const gateUp = read(stored * 2 * weightBytes);
+    Buffer const down = read(stored * weightBytes);
     Buffer const gates = read(shape.numSharedExperts > 0 ? kElement * shape.tokens : 0);
+    Buffer const gateUpScales = read(scaleBytes(2 * shape.intermediateSize, shape.hiddenSize));
+    Buffer const downScales = read(scaleBytes(shape.hiddenSize, shape.intermediateSize));
+    Buffer const activationScales = read(shape.weightType == WeightType::kFloat8 ? 4 * (1 + stored) : 0);
     Buffer const output = filled(static_cast<size_t>(states));
     size_t const bytes = qwenforge::moeWorkspaceBytes(shape);
     Buffer const workspace = filled(bytes);
@@ -156,8 +190,16 @@ cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
     tensors.gateUpWeights = gateUp.get();
     tensors.downWeights = down.get();
     tensors.sharedGateLogits = shape.numSharedExperts > 0 ? gates.get() : nullptr;
+    tensors.gateUpScales = isPacked ? gateUpScales.get() : nullptr;
+    tensors.downScales = isPacked ? downScales.get() : nullptr;
+    tensors.activationScales = shape.weightType == WeightType::kFloat8 ? activationScales.get() : nullptr;
     tensors.output = output.get();
-    auto const path = static_cast<qwenforge::MoePath>(static_cast<int32_t>(n[7]));
+    qwenforge::Message problem;
+    if (!qwenforge::checkMoe(shape, qwenforge::currentSm(), problem))
+    {
+        std::fprintf(stderr, "%s\n", problem.text());
+    }
+    auto const path = static_cast<qwenforge::MoePath>(static_cast<int32_t>(n[11]));
     cudaError_t const error
         = completed(qwenforge::launchMoe(shape, type, tensors, workspace.get(), bytes, nullptr, path));
     write(output, states);
@@ -228,7 +270,7 @@ int main(int argc, char** argv)
     bool const isHalf = std::strcmp(argv[3], "float16") == 0;
     auto const type = isHalf ? qwenforge::ElementType::kFloat16 : qwenforge::ElementType::kBFloat16;
     bool const isMoe = std::strcmp(argv[2], "moe") == 0;
-    if (numbers.size() != (isMoe ? 8 : 9))
+    if (numbers.size() != (isMoe ? 12 : 9))
     {
         return 64;
     }

@@ -17,6 +17,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
 #include <ucontext.h>
 
@@ -87,7 +88,7 @@ struct Gathering
     uint32_t arrived = 0;
     char const* name = nullptr;
     unsigned round = 0;
-    unsigned char slots[2][kLanes][kLargestOperand];
+    alignas(16) unsigned char slots[2][kLanes][kLargestOperand];
 };
 
 struct Block
@@ -119,7 +120,7 @@ inline Block*& block()
 {
     Block const& b = *block();
     std::fprintf(stderr, "simt: %s (block %u, %u, %u, thread %d)\n", what, b.index.x, b.index.y, b.index.z, b.current);
-    std::exit(70);
+    std::_Exit(70); // not std::exit: a fiber's stack is no place for destructors and leak checks
 }
 
 // Telling AddressSanitizer about the change of stacks, where it is there.
@@ -222,6 +223,13 @@ T operandOf(unsigned char const (*slots)[kLargestOperand], int lane)
     T value;
     std::memcpy(&value, slots[lane], sizeof(T));
     return value;
+}
+
+// The same without a copy.
+template <typename T>
+T const& operandAt(unsigned char const (*slots)[kLargestOperand], int lane)
+{
+    return *reinterpret_cast<T const*>(slots[lane]);
 }
 
 inline void runFiber()
@@ -382,29 +390,32 @@ inline void loadMatrices(uint32_t (&registers)[4], void const* row)
     }
 }
 
-// mma.m16n8k16, by PTX's tables of fragments.
-template <typename T>
+// mma.m16n8k16, and for elements of 8 bits m16n8k32, by PTX's tables of fragments.
+template <typename T, int kDepth>
 void multiplyAdd(float (&sums)[4], uint32_t const (&a)[4], uint32_t const (&b)[2])
 {
+    constexpr int kHalf = kDepth / 2;        // columns of registers 0 and 1 of A, rows of register 0 of B
+    constexpr int kEach = 4 / sizeof(T);     // elements of a register
     struct Operands
     {
-        T a[4][2];
-        T b[2][2];
+        T a[4][kEach];
+        T b[2][kEach];
     };
     Operands own;
-    std::memcpy(own.a, a, sizeof(own.a));
-    std::memcpy(own.b, b, sizeof(own.b));
+    std::memcpy(static_cast<void*>(own.a), a, sizeof(own.a));
+    std::memcpy(static_cast<void*>(own.b), b, sizeof(own.b));
     auto const* const slots = gather(0xffffffffu, own, "mma");
     int const lane = block()->current % kLanes;
     for (int i = 0; i < 4; ++i)
     {
         int const row = lane / 4 + i / 2 * 8;
         int const column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; ++k)
+        for (int k = 0; k < kDepth; ++k)
         {
-            auto const left = operandOf<Operands>(slots, row % 8 * 4 + k % 8 / 2);
-            auto const right = operandOf<Operands>(slots, column * 4 + k % 8 / 2);
-            sums[i] += static_cast<float>(left.a[row / 8 + k / 8 * 2][k % 2]) * static_cast<float>(right.b[k / 8][k % 2]);
+            auto const& left = operandAt<Operands>(slots, row % 8 * 4 + k % kHalf / kEach);
+            auto const& right = operandAt<Operands>(slots, column * 4 + k % kHalf / kEach);
+            sums[i] += static_cast<float>(left.a[row / 8 + k / kHalf * 2][k % kEach])
+                * static_cast<float>(right.b[k / kHalf][k % kEach]);
         }
     }
 }
@@ -473,6 +484,17 @@ inline uint32_t __ballot_sync(uint32_t mask, bool predicate)
         votes |= inMask && simt::operandOf<bool>(slots, lane) ? 1u << lane : 0u;
     }
     return votes;
+}
+
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector)
+{
+    uint64_t const bytes = static_cast<uint64_t>(high) << 32 | low;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i)
+    {
+        result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
+    }
+    return result;
 }
 
 inline int __popc(uint32_t bits)
