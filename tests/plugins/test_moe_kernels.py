@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +69,7 @@ class Shape:
         return [self.tokens, self.hidden, self.width, *routed, self.weight_type, self.group_size, self.path]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """hidden [T, C], logits [T, E], gate and up [E + Es, I, C], down [E + Es, C, I], gates [T, 1]."""
 
@@ -108,6 +109,11 @@ class Packed:
 
 
 def _packed(shape: Shape, inputs: Inputs) -> Packed:
+    return _pack_once(replace(shape, path=0, tokens=0), inputs)
+
+
+@functools.lru_cache(maxsize=4)
+def _pack_once(shape: Shape, inputs: Inputs) -> Packed:
     local = [*range(shape.first_local, shape.first_local + shape.stored - shape.shared)]
     kept = [*local, *range(shape.experts, shape.experts + shape.shared)]
     gate, up, down = (value[kept] for value in (inputs.gate, inputs.up, inputs.down))
@@ -137,7 +143,7 @@ def _dequantized(shape: Shape, data: np.ndarray, scales: np.ndarray) -> torch.Te
             values = unpack_int4(data).astype(np.float64)
         case _:
             values = data.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-    of_column = np.repeat(scales.astype(np.float64), shape.group_size, 1)[:, : values.shape[-1]]
+    of_column = np.repeat(scales.astype(np.float64), min(shape.group_size, values.shape[-1]), 1)[:, : values.shape[-1]]
     return torch.from_numpy(values * np.swapaxes(of_column, 1, 2))
 
 
@@ -145,9 +151,9 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.int16).numpy()
 
 
-def _reference(shape: Shape, inputs: Inputs, packed: Packed | None = None) -> torch.Tensor:
+def _reference(shape: Shape, inputs: Inputs) -> torch.Tensor:
     """float64, one token and one expert at a time, with the weights that the packed ones stand for."""
-    packed = packed or _packed(shape, inputs)
+    packed = _packed(shape, inputs)
     split = packed.gate_up.unflatten(1, (-1, 2, 8))
     gate, up = split[:, :, 0].flatten(1, 2), split[:, :, 1].flatten(1, 2)
     hidden, down, scales = inputs.hidden.double(), packed.down, packed.activation_scales
