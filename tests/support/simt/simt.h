@@ -45,7 +45,7 @@
 extern "C" void simtSwitch(void** save, void* load);
 asm(R"(
 .text
-.globl simtSwitch
+.weak simtSwitch
 .type simtSwitch, @function
 simtSwitch:
     pushq %rbp
