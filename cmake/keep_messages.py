@@ -1,7 +1,7 @@
-"""Runs a compiler, `keep_messages.py COMPILER ARGUMENT...`, and keeps what it says beside its output, as ``OUTPUT.log``.
+"""`keep_messages.py COMPILER ARGUMENT...` runs a compiler and keeps what it says beside its output, as OUTPUT.log.
 
-What ptxas says of a kernel's registers is lost otherwise: the build prints it once, and nobody asked. A compiler that
-fails has its words printed.
+Otherwise what ptxas says of a kernel's registers is printed once, among the steps of the build, and lost. The words of
+a compiler that fails are printed.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ namespace moe
 {
 
 constexpr int64_t kGroupedElementBytes = 2; // of both element types
-constexpr size_t kGroupedAlignment = 256; // of the parts of the workspace
+constexpr size_t kGroupedAlignment = 256;   // of the parts of the workspace
 
 struct GroupShape
 {

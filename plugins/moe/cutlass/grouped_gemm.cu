@@ -12,7 +12,7 @@ namespace moe
 namespace
 {
 
-// Two multiprocessors make up the largest cluster.
+// The blocks of the largest cluster.
 constexpr int32_t kFewestMultiprocessors = 2;
 
 template <typename T>
@@ -49,7 +49,7 @@ bool hasGroupedGemm() noexcept
 
 size_t groupedGemmWorkspaceBytes(int32_t experts, int32_t multiprocessors) noexcept
 {
-    if (experts < 1 || multiprocessors < 1)
+    if (experts < 1 || multiprocessors < kFewestMultiprocessors)
     {
         return 0;
     }

@@ -19,7 +19,8 @@ constexpr int32_t kSetupWarps = 8;
 __global__ void __launch_bounds__(kSetupWarps* kWarpSize) describeGroups(GroupedGemm gemm, GroupArrays groups)
 {
     int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
-    int32_t const expert = static_cast<int32_t>(blockIdx.x) * kSetupWarps + static_cast<int32_t>(threadIdx.x) / kWarpSize;
+    int32_t const warp = static_cast<int32_t>(threadIdx.x) / kWarpSize;
+    int32_t const expert = static_cast<int32_t>(blockIdx.x) * kSetupWarps + warp;
     if (expert >= gemm.experts)
     {
         return; // the whole warp

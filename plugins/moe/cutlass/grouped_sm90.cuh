@@ -1,12 +1,13 @@
-// CUTLASS's grouped GEMM for compute capability 9.0: tensors are loaded by TMA, by a warp group of their own, and multiplied
-// by wgmma. A block goes from tile to tile; where each expert's tiles begin it finds out from the shapes in device memory.
+// CUTLASS's grouped GEMM for compute capability 9.0: one warp group loads tensors by TMA, two others multiply by wgmma.
+// A block goes from tile to tile, and learns from the shapes in device memory whose tile it is.
 //
-// A is the inputs and M their positions, B the weights and N their rows, both with their depth K innermost. The kernel is
-// launched here and not by CUTLASS's adapter, which would turn every error into one of its own and take CUDA's away.
+// A is the inputs and M their positions, B the weights and N their rows, both with the depth K innermost. A tile behind
+// an expert's last position or row is filled up with zeros and stored only as far as the expert's own go.
 //
-// What the host does to a call, all of it legal while a stream is captured: three TMA descriptors are encoded, with placeholders
-// for what the device puts in (cuTensorMapEncodeTiled, which CUTLASS asks the runtime for), one attribute of the kernel is
-// set, the kernel is launched. CUTLASS asks the device for its multiprocessors only where it is not told.
+// The host's part of a call may be captured: it encodes three TMA descriptors, in which the device will replace shapes,
+// strides and addresses (by cuTensorMapEncodeTiled, which CUTLASS gets from the runtime: nothing is linked to the
+// driver), sets an attribute of the kernel, and launches it. The launch is ours and not that of CUTLASS's adapter,
+// which gives an error of its own for every one of CUDA's.
 
 #pragma once
 
@@ -78,8 +79,8 @@ struct GroupedTypes
     // As many stages as fit the shared memory that the epilogue leaves.
     using Stages
         = cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>;
-    using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<Arch, TensorOp, Element, RowMajor, kAlignment,
-        Element, WeightsLayout, kAlignment, float, typename Tile::Shape, typename Tile::Cluster, Stages,
+    using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<Arch, TensorOp, Element, RowMajor,
+        kAlignment, Element, WeightsLayout, kAlignment, float, typename Tile::Shape, typename Tile::Cluster, Stages,
         typename Tile::Schedule>::CollectiveOp;
     using Shape = cute::Shape<int, int, int>;
     using Kernel
@@ -114,7 +115,7 @@ typename GroupedTypes<T, kTile>::Kernel::Arguments groupedArguments(
     arguments.mainloop.dB = reinterpret_cast<Stride*>(groups.depthStrides);
     arguments.epilogue.ptr_D = reinterpret_cast<Element**>(groups.outputs);
     arguments.epilogue.dD = reinterpret_cast<Stride*>(groups.rowStrides);
-    arguments.hw_info.sm_count = gemm.multiprocessors / kCluster * kCluster; // the grid is one of whole clusters
+    arguments.hw_info.sm_count = gemm.multiprocessors / kCluster * kCluster; // whole clusters
     return arguments;
 }
 
@@ -155,7 +156,7 @@ cudaError_t GroupedKernel<T, kTile>::launch(
     config.dynamicSmemBytes = Kernel::SharedStorageSize;
     config.stream = stream;
     config.attrs = &cluster;
-    config.numAttrs = 1;
+    config.numAttrs = cute::size(Cluster{}) > 1 ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, params);
 }
 
