@@ -37,6 +37,8 @@ COUNTS = {
     "as many experts as there can be": [index * 7 % 11 for index in range(320)],
 }
 ALIGNMENT = 256
+MOST_SHARED_BYTES = 227 * 1024
+"""Of a block on compute capability 9.0, for a kernel that asks for it."""
 
 
 @pytest.mark.skipif(simt.ON_GPU, reason="the kernel is emulated; on a GPU the products show what it wrote")
@@ -136,6 +138,30 @@ def test_wrong_call_is_refused(name: str) -> None:
 def test_right_call_fails_for_want_of_a_gpu_alone() -> None:
     said = grouped_gemm.call(grouped_gemm.library_driver(), "launch", "bfloat16", *RIGHT.values())
     assert said in (b"cudaErrorInsufficientDriver\n", b"cudaErrorNoDevice\n")
+
+
+@with_cutlass
+@pytest.mark.parametrize("multiprocessors", [2, 78, 132, 133])
+@pytest.mark.parametrize("experts", [1, 60, 320])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_launch_asks_cuda_for_this_and_nothing_else(dtype: str, tile: str, experts: int, multiprocessors: int) -> None:
+    numbers = {**RIGHT, "tile": TILES[tile], "experts": experts, "multiprocessors": multiprocessors}
+    said = grouped_gemm.call(grouped_gemm.recording_driver(), "launch", dtype, *numbers.values()).decode().splitlines()
+    setup, *encoded, allowed, launched, result = said
+    assert setup == f"launch {-(-experts // 8)}x1x1 256 0" and result == "cudaSuccess"
+    # Inputs, weights (half a tile of them where the other block of a cluster loads the rest) and outputs.
+    assert (
+        encoded
+        == {
+            "64x128": ["encode 64x64 128", "encode 64x128 128", "encode 32x64 64"],
+            "128x128": ["encode 64x128 128", "encode 64x64 128", "encode 32x128 64"],
+        }[tile]
+    )
+    shared = int(allowed.removeprefix("allow "))
+    assert 200 * 1024 < shared <= MOST_SHARED_BYTES
+    blocks, cluster = (multiprocessors, "") if tile == "64x128" else (multiprocessors // 2 * 2, " 2x1x1")
+    assert launched == f"launch {blocks}x1x1 384 {shared}{cluster}"
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,13 @@ def missing_driver() -> Path:
     return _link("without", [ROOT / "plugins" / "moe" / "cutlass" / "grouped_missing.cpp"])
 
 
+@functools.cache
+def recording_driver() -> Path:
+    """The driver, linked to the library's objects and to a runtime that says what is asked of it."""
+    sources = [_HERE / "grouped_gemm_driver.cpp", _HERE / "recording_runtime.cpp", *objects()]
+    return _compile("recording", sources, ["-no-pie", "-Wl,--unresolved-symbols=ignore-in-object-files"])
+
+
 def _link(name: str, parts: Sequence[Path]) -> Path:
     cuda = cuda_folder()
     assert cuda is not None
