@@ -25,6 +25,7 @@ from support.source_tree import ROOT
 Array = npt.NDArray[Any]
 _HERE = Path(__file__).parent
 _SOURCES = ("attention", "common", "moe")
+_SUFFIXES = {".h", ".cuh", ".cu", ".inc"}
 _CHECKED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
 
@@ -53,6 +54,7 @@ def run(
     schedule: int = 0,
     checked: bool = False,
     sources: Path | None = None,
+    only: int | None = None,
 ) -> bytes:
     """One call of the kernels of ``op`` (driver.cpp has the order of numbers and tensors); the outputs' bytes.
 
@@ -61,11 +63,12 @@ def run(
         schedule: the order in which threads run.
         checked: with AddressSanitizer and UndefinedBehaviorSanitizer.
         sources: a folder of changed sources in the place of ``plugins``.
+        only: compile this part alone: 0 attention, 1 + weight type the experts with such weights.
 
     Raises:
         KernelError: the process did not end well; its last words are in the message.
     """
-    program = str(_driver(checked and not ON_GPU, sources))
+    program = str(_driver(checked and not ON_GPU, sources, only))
     command = [program, str(schedule), op, dtype, *(repr(float(number)) for number in numbers)]
     if ON_GPU and checked:
         command = ["compute-sanitizer", "--tool", _SANITIZER, "--error-exitcode", "99", "--quiet", *command]
@@ -88,17 +91,13 @@ def changed_sources(folder: Path, file: str, old: str, new: str) -> Path:
 
 
 @functools.cache
-def _driver(checked: bool, sources: Path | None) -> Path:
+def _driver(checked: bool, sources: Path | None, only: int | None) -> Path:
     """The compiled driver, made once for its sources."""
     folder = sources or ROOT / "plugins"
-    files = sorted(
-        path for name in _SOURCES for path in (folder / name).glob("*") if path.suffix in {".h", ".cuh", ".cu"}
-    )
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*files, _HERE / "simt.h", _HERE / "driver.cpp"]))
+    files = sorted(path for name in _SOURCES for path in (folder / name).rglob("*") if path.suffix in _SUFFIXES)
     place = ROOT / "build" / "simt"
     place.mkdir(parents=True, exist_ok=True)
     kind = "cuda" if ON_GPU else "checked" if checked else "driver"
-    program = place / f"{kind}-{digest.hexdigest()[:16]}"
     cuda = cuda_folder()
     assert cuda is not None, why_missing()
     if ON_GPU:
@@ -107,6 +106,11 @@ def _driver(checked: bool, sources: Path | None) -> Path:
     else:
         command = ["g++", "-std=c++17", "-O1", "-DQWENFORGE_SIMT", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
         command += [f"-I{folder}", f"-I{_HERE}", "-isystem", str(cuda / "include"), *(_CHECKED if checked else ())]
+    if only is not None:
+        command += [f"-DDRIVER_ONLY={only}", "-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
+    contents = [path.read_bytes() for path in [*files, _HERE / "simt.h", _HERE / "driver.cpp"]]
+    digest = hashlib.sha256(b"".join([*(part.encode() for part in command[1:] if str(folder) not in part), *contents]))
+    program = place / f"{kind}-{digest.hexdigest()[:16]}"
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():

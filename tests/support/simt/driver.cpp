@@ -1,18 +1,35 @@
 // Runs one call of the kernels: `driver SCHEDULE OP TYPE NUMBERS...` with the input tensors on stdin, one behind the other,
-// and the output tensors on stdout. Tensors and workspace are allocated one by one, of their exact size, outputs and
-// workspace filled with 0xff (NaN). With QWENFORGE_SIMT the kernels run in the emulator; compiled by nvcc, on the GPU,
+// and the output tensors on stdout. Tensors and workspace are allocated one by one, of their exact size, outputs filled with 0xff
+// (NaN) and the experts' workspace with 0x7f (no index of anything). With QWENFORGE_SIMT the kernels run in the emulator; compiled by nvcc, on the GPU,
 // where SCHEDULE means nothing.
 //
 //   moe        T C I E first El Es K normalize weights group path
 //                              hidden logits gateUp down [sharedGate] [gateUpScales downScales [activationScales]] -> output
 //   attention  B S M P Hq Hk D window scale  query key value cos sin positions starts keys values      -> output keys values
 
+// DRIVER_ONLY leaves out the others, to compile faster: 0 attention, 1 + WeightType the experts with such weights.
+#ifdef DRIVER_ONLY
+#define DRIVER_HAS(part) (DRIVER_ONLY == (part))
+#else
+#define DRIVER_HAS(part) 1
+#endif
+
+#if DRIVER_HAS(0)
 #include "attention/attention.cu"
-#include "moe/experts_float.cu"
-#include "moe/experts_float8.cu"
-#include "moe/experts_int4.cu"
-#include "moe/experts_int8.cu"
+#endif
 #include "moe/moe.cu"
+#if DRIVER_HAS(1)
+#include "moe/experts_float.cu"
+#endif
+#if DRIVER_HAS(2)
+#include "moe/experts_int8.cu"
+#endif
+#if DRIVER_HAS(3)
+#include "moe/experts_int4.cu"
+#endif
+#if DRIVER_HAS(4)
+#include "moe/experts_float8.cu"
+#endif
 
 #include <algorithm>
 #include <cstdio>
@@ -157,9 +174,9 @@ Buffer holding(std::vector<char> const& data)
     return buffer;
 }
 
-Buffer filled(size_t bytes)
+Buffer filled(size_t bytes, int with = 0xff)
 {
-    return holding(std::vector<char>(bytes, static_cast<char>(0xff)));
+    return holding(std::vector<char>(bytes, static_cast<char>(with)));
 }
 
 Buffer read(int64_t bytes)
@@ -228,7 +245,7 @@ cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
     Buffer const output = filled(static_cast<size_t>(states));
     auto const path = static_cast<qwenforge::MoePath>(static_cast<int32_t>(n[11]));
     size_t const bytes = qwenforge::moeWorkspaceBytes(shape, path);
-    Buffer const workspace = filled(bytes);
+    Buffer const workspace = filled(bytes, 0x7f);
     qwenforge::MoeTensors tensors{};
     tensors.hiddenStates = hidden.get();
     tensors.routerLogits = logits.get();
@@ -250,6 +267,12 @@ cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
     return error;
 }
 
+#if !DRIVER_HAS(0)
+cudaError_t runAttention(std::vector<double> const&, qwenforge::ElementType)
+{
+    stop("compiled without attention");
+}
+#else
 cudaError_t runAttention(std::vector<double> const& n, qwenforge::ElementType type)
 {
     qwenforge::AttentionShape shape{};
@@ -297,6 +320,8 @@ cudaError_t runAttention(std::vector<double> const& n, qwenforge::ElementType ty
     write(valueCache, cache);
     return error;
 }
+
+#endif
 
 } // namespace
 

@@ -2,8 +2,9 @@
 //
 // Every CUDA thread of a block is a fiber; blocks run one after the other. A fiber runs until it has to wait: at
 // __syncthreads for the whole block, at a warp's collective (__shfl_xor_sync, __ballot_sync, ...) for the lanes in its
-// mask. In which order waiting fibers go on is decided by simt::schedule(): 0 is thread 0 first, 1 the last thread
-// first, every other number a shuffled order of its own. A kernel without races computes the same bits in all of them.
+// mask. In which order waiting fibers go on is decided by simt::schedule(): 0 is thread 0 first, 1 the last thread first,
+// 2 and 3 the same with every warp going on as far as it can before the next one gets a turn, every other number a shuffled
+// order of its own. A kernel without races computes the same bits in all of them.
 //
 // It stops the process, with a sentence on stderr, where a GPU would hang or do something undefined: lanes that meet in
 // different collectives, a lane outside its own mask, a barrier or a collective that some threads never reach.
@@ -337,30 +338,57 @@ inline void startFibers(Block& b)
     }
 }
 
+inline bool runFiberOf(Block& b, int thread)
+{
+    Fiber& fiber = b.fibers[static_cast<size_t>(thread)];
+    if (fiber.state != State::kRunnable)
+    {
+        return false;
+    }
+    b.current = thread;
+    leaveStack(&b.schedulerFakeStack, stackOf(thread), kStackBytes);
+    switchContext(b.scheduler, fiber.context);
+    enterStack(b.schedulerFakeStack, nullptr, nullptr);
+    return true;
+}
+
+// One round: every fiber once or, under the schedules that go warp by warp, until none of its warp can go on.
+inline bool runRound(Block& b, std::vector<int> const& order)
+{
+    bool ran = false;
+    if (schedule() != 2 && schedule() != 3)
+    {
+        for (int thread : order)
+        {
+            ran = runFiberOf(b, thread) || ran;
+        }
+        return ran;
+    }
+    for (size_t first = 0; first < order.size(); first += kLanes)
+    {
+        for (bool again = true; again;)
+        {
+            again = false;
+            for (size_t i = first; i < std::min(first + kLanes, order.size()); ++i)
+            {
+                again = runFiberOf(b, order[i]) || again;
+            }
+            ran = ran || again;
+        }
+    }
+    return ran;
+}
+
 inline void runBlock(Block& b, std::vector<int>& order, std::mt19937& random)
 {
     startFibers(b);
     while (b.done < b.threads)
     {
-        if (schedule() > 1)
+        if (schedule() > 3)
         {
             std::shuffle(order.begin(), order.end(), random);
         }
-        bool ran = false;
-        for (int thread : order)
-        {
-            Fiber& fiber = b.fibers[static_cast<size_t>(thread)];
-            if (fiber.state != State::kRunnable)
-            {
-                continue;
-            }
-            ran = true;
-            b.current = thread;
-            leaveStack(&b.schedulerFakeStack, stackOf(thread), kStackBytes);
-            switchContext(b.scheduler, fiber.context);
-            enterStack(b.schedulerFakeStack, nullptr, nullptr);
-        }
-        if (!ran)
+        if (!runRound(b, order))
         {
             std::fprintf(stderr, "simt: deadlock: %d threads wait at a barrier, %d in a collective of their warp, %d are done\n",
                 b.atBarrier, b.threads - b.done - b.atBarrier, b.done);
@@ -387,7 +415,7 @@ inline void launch(dim3 grid, dim3 size, std::function<void()> body)
     std::mt19937 random(schedule());
     std::vector<int> order(static_cast<size_t>(b.threads));
     std::iota(order.begin(), order.end(), 0);
-    if (schedule() == 1)
+    if (schedule() == 1 || schedule() == 3)
     {
         std::reverse(order.begin(), order.end());
     }
