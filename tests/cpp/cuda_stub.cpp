@@ -11,3 +11,16 @@ char const* cudaGetErrorString(cudaError_t)
 {
     return "an error of the emulated CUDA runtime";
 }
+
+cudaError_t cudaGetDevice(int* device)
+{
+    *device = 0;
+    return cudaSuccess;
+}
+
+// The emulated device is of compute capability 9.0.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int)
+{
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+    return cudaSuccess;
+}
