@@ -79,19 +79,16 @@ class Weights:
         stored, dtype = case.local + case.shared, DTYPES[case.dtype]
 
         def draw(*shape: int) -> np.ndarray:
-            return (generator.standard_normal(shape) * shape[-1] ** -0.5).astype(dtype)
+            return np.asarray(generator.standard_normal(shape) * shape[-1] ** -0.5, dtype)
 
         gate, up = draw(stored, case.width, case.hidden), draw(stored, case.width, case.hidden)
         down = draw(stored, case.hidden, case.width)
         experts = (Expert(*one) for one in zip(gate, up, down, strict=True))
         made = list(pack_experts(experts, case.weights, group_size=case.group_size, scale_dtype=dtype))
-        tensors = {
-            "gate_up_weights": np.stack([one.gate_up for one in made]),
-            "down_weights": np.stack([one.down for one in made]),
-        }
+        parts = {"gate_up_weights": "gate_up", "down_weights": "down"}
         if case.weights is not WeightType.FLOAT:
-            tensors["gate_up_scales"] = np.stack([one.gate_up_scales for one in made])
-            tensors["down_scales"] = np.stack([one.down_scales for one in made])
+            parts |= {"gate_up_scales": "gate_up_scales", "down_scales": "down_scales"}
+        tensors = {name: np.stack([getattr(one, part) for one in made]) for name, part in parts.items()}
         if case.weights is WeightType.FLOAT8:
             tensors["activation_scales"] = np.linspace(0.008, 0.012, 1 + stored, dtype=np.float32)
         rows = _values(case, tensors["gate_up_weights"], tensors.get("gate_up_scales")).unflatten(1, (-1, 2, 8))
@@ -376,7 +373,7 @@ def test_official_header_is_used_where_it_is_found(tmp_path: Path) -> None:
 def test_interface_has_onnx_runtimes_layout() -> None:
     """Our declaration, and the official header where ONNXRUNTIME_INCLUDE_DIR in the environment names its folder."""
     command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{PLUGINS}", str(ROOT / "tests" / "cpp" / "ort_abi_layout.cpp")]
-    variants = [[]]
+    variants: list[list[str]] = [[]]
     if "ONNXRUNTIME_INCLUDE_DIR" in os.environ:
         variants += [["-DQWENFORGE_OFFICIAL_ONNXRUNTIME_HEADERS", f"-I{os.environ['ONNXRUNTIME_INCLUDE_DIR']}"]]
     for more in variants:
