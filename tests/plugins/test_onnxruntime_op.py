@@ -18,8 +18,8 @@ import torch
 
 from qwenforge.plugins.moe.packing import ROW_GROUP, Expert, WeightType, pack_experts, unpack_int4, unpack_int8
 from support import simt
-from support.ort_custom_op import PLUGINS, SPEC, moe_model, ort_library, session
-from support.plugin_library import cmake, why_missing
+from support.ort_custom_op import PLUGINS, SPEC, generate_header, moe_model, ort_library, session
+from support.plugin_library import cmake, cuda_folder, why_missing
 from support.source_tree import ROOT
 from support.tolerances import BFLOAT16, FLOAT8, FLOAT16
 
@@ -27,6 +27,7 @@ needs_library = pytest.mark.skipif(bool(why_missing()), reason=why_missing() or 
 needs_kernels = pytest.mark.skipif(bool(simt.why_missing()), reason=simt.why_missing() or "-")
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+CPP = ROOT / "tests" / "cpp"
 TOLERANCES = {"float16": FLOAT16, "bfloat16": BFLOAT16}
 
 
@@ -327,6 +328,21 @@ def test_disagreeing_numbers_of_tokens_are_refused_at_the_call() -> None:
     assert made.run(None, _feeds(case, 4))[0].shape == (4, case.hidden)
 
 
+@needs_kernels
+def test_kernel_keeps_to_its_stream_and_gives_everything_back(tmp_path: Path) -> None:
+    """Against a stand-in for ONNX Runtime with a stream, whose every call fails once; sanitized."""
+    generate_header(tmp_path)
+    command = ["g++", "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=address,undefined"]
+    command += [f"-I{PLUGINS}", f"-I{CPP}", f"-I{tmp_path}", "-isystem", f"{cuda_folder()}/include"]
+    command += ["-fno-sanitize-recover=undefined", str(CPP / "ort_kernel.cpp"), str(CPP / "cuda_stub.cpp")]
+    sources = ("onnxruntime/kernel.cpp", "onnxruntime/ort_values.cpp", "common/contract.cpp", "common/fields.cpp")
+    command += [*(str(PLUGINS / source) for source in sources), "-o", str(tmp_path / "checks")]
+    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert compiled.returncode == 0, compiled.stderr
+    finished = subprocess.run([tmp_path / "checks"], capture_output=True, text=True, check=False, timeout=60)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
 @needs_library
 def test_library_is_registered_and_its_op_waits_for_cuda() -> None:
     case = replace(Case(), shared=1)
@@ -372,7 +388,7 @@ def test_official_header_is_used_where_it_is_found(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_interface_has_onnx_runtimes_layout() -> None:
     """Our declaration, and the official header where ONNXRUNTIME_INCLUDE_DIR in the environment names its folder."""
-    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{PLUGINS}", str(ROOT / "tests" / "cpp" / "ort_abi_layout.cpp")]
+    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{PLUGINS}", str(CPP / "ort_abi_layout.cpp")]
     variants: list[list[str]] = [[]]
     if "ONNXRUNTIME_INCLUDE_DIR" in os.environ:
         variants += [["-DQWENFORGE_OFFICIAL_ONNXRUNTIME_HEADERS", f"-I{os.environ['ONNXRUNTIME_INCLUDE_DIR']}"]]

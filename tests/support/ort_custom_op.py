@@ -62,14 +62,19 @@ def emulated_library() -> Path:
     with (place / "ort-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            generator = ROOT / "cmake" / "generate_spec_header.py"
-            subprocess.run([sys.executable, generator, "moe", generated / "moe_spec.h"], check=True)
+            generate_header(generated)
             partial = library.with_suffix(".partial")
             finished = subprocess.run([*command, "-o", partial], capture_output=True, text=True, check=False)
             if finished.returncode:
                 raise CompileError(finished.stderr[:4000])
             partial.rename(library)
     return library
+
+
+def generate_header(folder: Path) -> None:
+    """``moe_spec.h`` in ``folder``."""
+    generator = ROOT / "cmake" / "generate_spec_header.py"
+    subprocess.run([sys.executable, generator, "moe", folder / "moe_spec.h"], check=True)
 
 
 def moe_model(
