@@ -1,6 +1,7 @@
 #include "onnxruntime/kernel.h"
 
 #include "onnxruntime/ort_values.h"
+#include "onnxruntime/workspace.h"
 
 #include <new>
 
@@ -14,48 +15,6 @@ using nvinfer1::PluginTensorDesc;
 
 // Of the node's own text in an error; longer names end early.
 constexpr size_t kNameBytes = 128;
-
-// Memory of one call. What comes from KernelContext_GetScratchBuffer belongs to the call's stream: given back when the
-// kernels are launched, it is used again only behind them. Without a stream, on the CPU or on CUDA's default stream,
-// everything is in order anyway.
-class Workspace
-{
-public:
-    Workspace(OrtApi const& api, OrtAllocator* allocator) noexcept
-        : mApi(api)
-        , mAllocator(allocator)
-    {
-    }
-    Workspace(Workspace const&) = delete;
-    Workspace& operator=(Workspace const&) = delete;
-    ~Workspace()
-    {
-        if (mAddress != nullptr)
-        {
-            if (OrtStatus* const status = mApi.AllocatorFree(mAllocator, mAddress))
-            {
-                mApi.ReleaseStatus(status);
-            }
-        }
-    }
-
-    OrtStatus* take(OrtKernelContext const* context, OrtMemoryInfo const* memory, size_t bytes, void* stream) noexcept
-    {
-        return bytes == 0        ? nullptr
-            : stream == nullptr ? mApi.AllocatorAlloc(mAllocator, bytes, &mAddress)
-                                : mApi.KernelContext_GetScratchBuffer(context, memory, bytes, &mAddress);
-    }
-
-    void* address() const noexcept
-    {
-        return mAddress;
-    }
-
-private:
-    OrtApi const& mApi;
-    OrtAllocator* mAllocator;
-    void* mAddress{nullptr};
-};
 
 // "QwenForgeMoE 'layer 3': " and the problem, for an error that ONNX Runtime passes on as it is.
 OrtStatus* refuseNode(

@@ -1,4 +1,4 @@
-"""Custom ops in ONNX Runtime: the library with emulated kernels, for its CPU build, and graphs of a QwenForgeMoE node."""
+"""Custom ops in ONNX Runtime: the library with emulated kernels, for its CPU build, and graphs of one such node."""
 
 from __future__ import annotations
 
