@@ -1,6 +1,8 @@
 #include "moe/moe.h"
 
+#include "moe/cutlass/grouped_gemm.h"
 #include "moe/experts.h"
+#include "moe/grouped.cuh"
 #include "moe/routing.cuh"
 #include "moe/tactics/tactics.h"
 
@@ -30,16 +32,33 @@ int64_t mostTiles(int64_t pairs, int64_t experts, int32_t tileTokens) noexcept
     return pairs / tileTokens + (pairs < experts ? pairs : experts);
 }
 
+int32_t multiprocessors() noexcept
+{
+    int device = 0;
+    int count = 0;
+    if (cudaGetDevice(&device) != cudaSuccess
+        || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    {
+        static_cast<void>(cudaGetLastError());
+        return 0;
+    }
+    return count;
+}
+
 // The workspace of one chunk. Where `base` is null only the size counts.
 struct Workspace
 {
     Routing routing{};
     void* tokens{nullptr}; // E4M3
     void* hidden{nullptr};
-    void* partial{nullptr};
+    void* partial{nullptr}; // and before, the gathered tokens of kGrouped
+    // Of kGrouped alone.
+    void* gateUp{nullptr};
+    void* gemm{nullptr};
+    size_t gemmBytes{0};
     size_t bytes{0};
 
-    Workspace(MoeShape const& shape, void* base) noexcept
+    Workspace(MoeShape const& shape, MoePath path, void* base) noexcept
     {
         int64_t const count = shape.tokens < kChunkTokens ? shape.tokens : kChunkTokens;
         int32_t const slots = shape.topK + shape.numSharedExperts;
@@ -64,6 +83,12 @@ struct Workspace
         tokens = take<uint8_t>(base, quantized ? count * shape.hiddenSize : 0);
         hidden = take<uint8_t>(base, pairs * shape.intermediateSize * (quantized ? 1 : 2));
         partial = take<uint16_t>(base, pairs * shape.hiddenSize);
+        if (path == MoePath::kGrouped)
+        {
+            gateUp = take<uint16_t>(base, pairs * 2 * shape.intermediateSize);
+            gemmBytes = groupedGemmWorkspaceBytes(stored, multiprocessors());
+            gemm = take<uint8_t>(base, static_cast<int64_t>(gemmBytes));
+        }
     }
 
 private:
@@ -121,11 +146,12 @@ T const* from(void const* address, int64_t element) noexcept
     return address == nullptr ? nullptr : static_cast<T const*>(address) + element;
 }
 
+// With `counts`, those of the experts are wanted too.
 template <typename T>
-void launchRouting(Routing const& routing, T const* logits, T const* gates, cudaStream_t stream)
+void launchRouting(Routing const& routing, T const* logits, T const* gates, bool counts, cudaStream_t stream)
 {
     dim3 const threads(kSortThreads);
-    if (static_cast<int64_t>(routing.tokens) * routing.slots <= kFewPairs)
+    if (!counts && static_cast<int64_t>(routing.tokens) * routing.slots <= kFewPairs)
     {
         QWENFORGE_LAUNCH(routeFew<T>, dim3(1), threads, stream, routing, logits, gates);
         return;
@@ -148,18 +174,39 @@ void launchProducts(WeightType weights, ExpertCall const& call, ElementType type
     }
 }
 
-// The tokens from `first` on, as many as the workspace is for.
+// The two products on the tokens of each expert, gathered one behind the other.
 template <typename T>
-cudaError_t launchChunk(MoeShape const& shape, MoeTensors const& tensors, int64_t first, Workspace const& space,
-    ElementType type, MoePath path, cudaStream_t stream)
+cudaError_t launchGrouped(MoeShape const& shape, MoeTensors const& tensors, T const* states, Routing const& routing,
+    Workspace const& space, ElementType type, cudaStream_t stream)
 {
-    Routing routing = space.routing;
-    routing.tileTokens = tileTokensOf(path, shape.weightType);
-    int64_t const pairs = static_cast<int64_t>(routing.tokens) * routing.slots;
-    launchRouting(routing, from<T>(tensors.routerLogits, first * shape.numExperts),
-        from<T>(tensors.sharedGateLogits, first), stream);
+    auto const pairs = static_cast<unsigned>(routing.tokens * routing.slots);
+    dim3 const threads(kRowThreads);
+    T* const gateUp = static_cast<T*>(space.gateUp);
+    QWENFORGE_LAUNCH(gatherTokens<T>, dim3(pairs, blocks(shape.hiddenSize, kRowChannels)), threads, stream, routing,
+        states, shape.hiddenSize, static_cast<T*>(space.partial));
+    int32_t const experts = storedExperts(shape);
+    GroupedTile const tile
+        = static_cast<int64_t>(pairs) >= 128 * static_cast<int64_t>(experts) ? GroupedTile::k128x128 : GroupedTile::k64x128;
+    GroupedGemm const up{space.partial, tensors.gateUpWeights, gateUp, routing.counts, experts,
+        2 * shape.intermediateSize, shape.hiddenSize, space.gemm, space.gemmBytes, multiprocessors()};
+    cudaError_t error = launchGroupedGemm(up, type, tile, stream);
+    if (error != cudaSuccess)
+    {
+        return error;
+    }
+    QWENFORGE_LAUNCH(activate<T>, dim3(pairs, blocks(shape.intermediateSize, kRowChannels)), threads, stream, routing,
+        static_cast<T const*>(gateUp), shape.intermediateSize, static_cast<T*>(space.hidden));
+    GroupedGemm const down{space.hidden, tensors.downWeights, space.partial, routing.counts, experts, shape.hiddenSize,
+        shape.intermediateSize, space.gemm, space.gemmBytes, multiprocessors()};
+    return launchGroupedGemm(down, type, tile, stream);
+}
 
-    T const* const states = from<T>(tensors.hiddenStates, first * shape.hiddenSize);
+// The two products on tiles of tokens, of whatever the weights are.
+template <typename T>
+void launchTiled(MoeShape const& shape, MoeTensors const& tensors, T const* states, Routing const& routing,
+    Workspace const& space, ElementType type, cudaStream_t stream)
+{
+    int64_t const pairs = static_cast<int64_t>(routing.tokens) * routing.slots;
     auto const* const scales = static_cast<float const*>(tensors.activationScales);
     int32_t const groupShift = shape.groupSize == 128 ? 1 : 0;
     ExpertCall call{};
@@ -178,6 +225,30 @@ cudaError_t launchChunk(MoeShape const& shape, MoeTensors const& tensors, int64_
         call.up.inputs = quantized;
     }
     launchProducts(shape.weightType, call, type, stream);
+}
+
+// The tokens from `first` on, as many as the workspace is for.
+template <typename T>
+cudaError_t launchChunk(MoeShape const& shape, MoeTensors const& tensors, int64_t first, Workspace const& space,
+    ElementType type, MoePath path, cudaStream_t stream)
+{
+    Routing routing = space.routing;
+    routing.tileTokens = tileTokensOf(path, shape.weightType);
+    launchRouting(routing, from<T>(tensors.routerLogits, first * shape.numExperts),
+        from<T>(tensors.sharedGateLogits, first), path == MoePath::kGrouped, stream);
+    T const* const states = from<T>(tensors.hiddenStates, first * shape.hiddenSize);
+    if (path == MoePath::kGrouped)
+    {
+        cudaError_t const error = launchGrouped<T>(shape, tensors, states, routing, space, type, stream);
+        if (error != cudaSuccess)
+        {
+            return error;
+        }
+    }
+    else
+    {
+        launchTiled<T>(shape, tensors, states, routing, space, type, stream);
+    }
     T* const output = static_cast<T*>(tensors.output) + first * shape.hiddenSize;
     QWENFORGE_LAUNCH(combine<T>,
         dim3(static_cast<unsigned>(routing.tokens), blocks(shape.hiddenSize, kCombineThreads)), dim3(kCombineThreads),
@@ -209,7 +280,13 @@ MoePath chosenPath(MoeShape const& shape, int32_t sm)
     {
         return MoePath::kEight;
     }
-    int64_t const pairs = shape.tokens * (shape.topK + shape.numSharedExperts);
+    int64_t const tokens = shape.tokens < kChunkTokens ? shape.tokens : kChunkTokens;
+    bool const canGroup = shape.weightType == WeightType::kFloat && sm == 90 && hasGroupedGemm();
+    if (canGroup && tactic.groupedFrom > 0 && tokens >= tactic.groupedFrom)
+    {
+        return MoePath::kGrouped;
+    }
+    int64_t const pairs = tokens * (shape.topK + shape.numSharedExperts);
     int64_t const experts = shape.numExperts + shape.numSharedExperts;
     return pairs <= tactic.sixteenUpTo * experts ? MoePath::kSixteen : MoePath::kWide;
 }
@@ -253,10 +330,11 @@ bool checkMoe(MoeShape const& shape, int32_t sm, Message& problem)
     return true;
 }
 
-size_t moeWorkspaceBytes(MoeShape const& shape)
+size_t moeWorkspaceBytes(MoeShape const& shape, MoePath path)
 {
     Message problem;
-    return checkMoe(shape, /*sm=*/0, problem) ? Workspace(shape, nullptr).bytes : 0;
+    MoePath const chosen = path == MoePath::kTable ? chosenPath(shape, currentSm()) : path;
+    return checkMoe(shape, /*sm=*/0, problem) ? Workspace(shape, chosen, nullptr).bytes : 0;
 }
 
 cudaError_t launchMoe(MoeShape const& shape, ElementType type, MoeTensors const& tensors, void* workspace,
@@ -272,11 +350,15 @@ cudaError_t launchMoe(MoeShape const& shape, ElementType type, MoeTensors const&
         return cudaSuccess;
     }
     int32_t const sm = currentSm();
-    if (!checkMoe(shape, sm, problem))
+    bool const isGrouped = path == MoePath::kGrouped;
+    if (!checkMoe(shape, sm, problem) || path < MoePath::kTable || path > MoePath::kGrouped
+        || (isGrouped && (shape.weightType != WeightType::kFloat || sm != 90 || !hasGroupedGemm())))
     {
         return cudaErrorNotSupported;
     }
-    if (!areValid(shape, tensors) || !isAddress(workspace) || workspaceBytes < moeWorkspaceBytes(shape))
+    // An engine built where the GPU was not known may bring too little for kGrouped.
+    size_t const least = moeWorkspaceBytes(shape, isGrouped ? path : MoePath::kWide);
+    if (!areValid(shape, tensors) || !isAddress(workspace) || workspaceBytes < least)
     {
         return cudaErrorInvalidValue;
     }
@@ -284,12 +366,12 @@ cudaError_t launchMoe(MoeShape const& shape, ElementType type, MoeTensors const&
     {
         MoeShape chunk = shape;
         chunk.tokens = shape.tokens - first < kChunkTokens ? shape.tokens - first : kChunkTokens;
-        MoePath const chosen = path == MoePath::kTable ? chosenPath(chunk, sm) : path;
-        if (chosen < MoePath::kEight || chosen > MoePath::kWide)
+        MoePath chosen = path == MoePath::kTable ? chosenPath(chunk, sm) : path;
+        if (chosen == MoePath::kGrouped && Workspace(chunk, chosen, nullptr).bytes > workspaceBytes)
         {
-            return cudaErrorNotSupported;
+            chosen = MoePath::kWide;
         }
-        Workspace const space(chunk, workspace);
+        Workspace const space(chunk, chosen, workspace);
         cudaError_t const error = type == ElementType::kFloat16
             ? launchChunk<__half>(chunk, tensors, first, space, type, chosen, stream)
             : launchChunk<__nv_bfloat16>(chunk, tensors, first, space, type, chosen, stream);

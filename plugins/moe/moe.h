@@ -67,15 +67,15 @@ enum class MoePath : int32_t
 // The compute capability of the current device, 90 for 9.0; 0 where there is none.
 int32_t currentSm();
 
-// What the table says: never kTable, and a path that this library has.
+// What the table says: never kTable, and a path that this library has. Of a shape with more than 2048 tokens, for those.
 MoePath chosenPath(MoeShape const& shape, int32_t sm);
 
 // Whether the shape can be computed on `sm` (0: on any); `problem` says by name what is wrong, and what to do instead.
 bool checkMoe(MoeShape const& shape, int32_t sm, Message& problem);
 
 // Workspace in bytes, 0 for a shape that cannot be computed: grows with T up to a chunk of 2048 tokens, which larger
-// batches go through one after the other.
-size_t moeWorkspaceBytes(MoeShape const& shape);
+// batches go through one after the other. kGrouped needs more than the others, and the current device to say how much.
+size_t moeWorkspaceBytes(MoeShape const& shape, MoePath path = MoePath::kTable);
 
 // Launches the kernels on `stream`, and neither allocates nor waits. The grids follow from the shape alone, so that the
 // call can be captured in a CUDA graph. The same input gives the same bits on the same path.

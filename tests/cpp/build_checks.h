@@ -91,7 +91,8 @@ inline void checkFormats(Subject const& subject, IPluginV3& plugin)
                     auto tensors = dynamic(subject.tensors(subject.sizes, chosen));
                     PluginTensorDesc& desc = tensors[static_cast<size_t>(position)].desc;
                     bool const isFirst = position == 0;
-                    bool const right = desc.type == DataType::kINT32 ? type == static_cast<int>(DataType::kINT32)
+                    bool const isFixed = desc.type != DataType::kHALF && desc.type != DataType::kBF16;
+                    bool const right = isFixed ? type == static_cast<int>(desc.type)
                         : isFirst ? type == static_cast<int>(DataType::kHALF) || type == static_cast<int>(DataType::kBF16)
                                   : type == static_cast<int>(chosen);
                     desc.type = static_cast<DataType>(type);

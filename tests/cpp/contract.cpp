@@ -67,14 +67,19 @@ int main(int argc, char** argv)
     // tokens, and batch, sequence, capacity, positions, in the order of the generated indices.
     Subject const moe{&qwenforge::moe_spec::kSpec, {64, 32, 8, 0, 8, 2, 2, 1, 0, 65536, 1}, {5}};
     Subject const withoutShared{&qwenforge::moe_spec::kSpec, {64, 32, 8, 0, 8, 0, 2, 1, 0, 65536, 1}, {5}};
+    Subject const int8{&qwenforge::moe_spec::kSpec, {64, 64, 8, 2, 4, 1, 2, 1, 1, 65536, 1}, {5}};
+    Subject const int4{&qwenforge::moe_spec::kSpec, {128, 64, 8, 0, 8, 0, 2, 1, 2, 64, 1}, {5}};
+    Subject const float8{&qwenforge::moe_spec::kSpec, {64, 64, 8, 0, 8, 2, 2, 1, 3, 65536, 1}, {5}};
     Subject const attention{&qwenforge::attention_spec::kSpec, {4, 2, 64, 0.125, 0, 0}, {2, 3, 16, 32}};
 #ifdef LINKED
     if (argc == 2 && std::strcmp(argv[1], "linked") == 0)
     {
         Source const source = fromLinkedSources();
         checkLogger(moe);
-        checkPlugin(moe, {1000000}, source);
-        checkPlugin(withoutShared, {1000000}, source);
+        for (Subject const* subject : {&moe, &withoutShared, &int8, &int4, &float8})
+        {
+            checkPlugin(*subject, {1000000}, source);
+        }
         checkPlugin(attention, {64, 4096, 4096, 4096}, source);
         return failures() == 0 ? 0 : 1;
     }
@@ -82,8 +87,10 @@ int main(int argc, char** argv)
     if (argc == 4 && std::strcmp(argv[1], "registry") == 0)
     {
         Source const source = fromRegistry(argv[2], argv[3]);
-        checkPlugin(moe, {1000000}, source);
-        checkPlugin(withoutShared, {1000000}, source);
+        for (Subject const* subject : {&moe, &withoutShared, &int8, &int4, &float8})
+        {
+            checkPlugin(*subject, {1000000}, source);
+        }
         checkPlugin(attention, {64, 4096, 4096, 4096}, source);
         return failures() == 0 ? 0 : 1;
     }

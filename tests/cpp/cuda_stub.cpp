@@ -18,7 +18,7 @@ cudaError_t cudaGetDevice(int* device)
     return cudaSuccess;
 }
 
-// The emulated device is of compute capability 9.0.
+// An H100's compute capability.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int)
 {
     *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;

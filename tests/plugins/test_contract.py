@@ -51,8 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def linked(folder: Path) -> Path:
     """The checks with the plugins' sources, kernels emulated, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     plugins = ROOT / "plugins"
-    sources = [*(plugins / "common").glob("*.cpp"), *plugins.glob("*/*_plugin.cpp"), CPP / "cuda_stub.cpp"]
-    kernels = [str(plugins / name) for name in ("moe/moe.cu", "attention/attention.cu")]
+    sources = [*plugins.glob("*/*_plugin.cpp"), *plugins.glob("*/*_op.cpp"), CPP / "cuda_stub.cpp"]
+    sources += [path for path in (plugins / "common").glob("*.cpp") if path.name != "kernels_c_api.cpp"]
+    kernels = [*map(str, plugins.glob("moe/*.cu")), str(plugins / "attention" / "attention.cu")]
     flags = ["-DLINKED", "-DQWENFORGE_SIMT", '-DQWENFORGE_VERSION="0"', f"-I{CPP.parent / 'support' / 'simt'}"]
     return _compiled("contract", folder, *flags, "-rdynamic", *SANITIZERS, *map(str, sources), "-x", "c++", *kernels)
 

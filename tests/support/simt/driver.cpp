@@ -32,14 +32,58 @@ cudaError_t cudaGetDevice(int* device)
     *device = 0;
     return cudaSuccess;
 }
+// Stands for CUTLASS's grouped GEMM, which no emulator runs: the same interface, plain loops, sums in double.
+namespace qwenforge::moe
+{
+bool hasGroupedGemm() noexcept
+{
+    return true;
+}
+size_t groupedGemmWorkspaceBytes(int32_t, int32_t multiprocessors) noexcept
+{
+    return multiprocessors < 2 ? 0 : 256;
+}
+template <typename T>
+void multiplyGroups(GroupedGemm const& gemm)
+{
+    int64_t position = 0;
+    for (int32_t expert = 0; expert < gemm.experts; ++expert)
+    {
+        for (int32_t i = 0; i < gemm.counts[expert]; ++i, ++position)
+        {
+            for (int64_t row = 0; row < gemm.rows; ++row)
+            {
+                auto const* const input = static_cast<T const*>(gemm.inputs) + position * gemm.depth;
+                auto const* const weights = static_cast<T const*>(gemm.weights) + (expert * gemm.rows + row) * gemm.depth;
+                double sum = 0;
+                for (int32_t k = 0; k < gemm.depth; ++k)
+                {
+                    sum += static_cast<double>(toFloat(input[k])) * static_cast<double>(toFloat(weights[k]));
+                }
+                static_cast<T*>(gemm.outputs)[position * gemm.rows + row] = fromFloat<T>(static_cast<float>(sum));
+            }
+        }
+    }
+}
+cudaError_t launchGroupedGemm(GroupedGemm const& gemm, ElementType type, GroupedTile, cudaStream_t) noexcept
+{
+    type == ElementType::kFloat16 ? multiplyGroups<__half>(gemm) : multiplyGroups<__nv_bfloat16>(gemm);
+    return cudaSuccess;
+}
+} // namespace qwenforge::moe
+
 // SIMT_SM is the emulated device's compute capability, 90 by default.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int)
 {
     char const* const text = std::getenv("SIMT_SM");
     int const sm = text == nullptr ? 90 : std::atoi(text);
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? sm / 10 : sm % 10;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 4
+        : attribute == cudaDevAttrComputeCapabilityMajor ? sm / 10
+                                                         : sm % 10;
     return cudaSuccess;
 }
+#else
+#include "moe/cutlass/grouped_missing.cpp"
 #endif
 
 namespace
@@ -182,7 +226,8 @@ cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
     Buffer const downScales = read(scaleBytes(shape.hiddenSize, shape.intermediateSize));
     Buffer const activationScales = read(shape.weightType == WeightType::kFloat8 ? 4 * (1 + stored) : 0);
     Buffer const output = filled(static_cast<size_t>(states));
-    size_t const bytes = qwenforge::moeWorkspaceBytes(shape);
+    auto const path = static_cast<qwenforge::MoePath>(static_cast<int32_t>(n[11]));
+    size_t const bytes = qwenforge::moeWorkspaceBytes(shape, path);
     Buffer const workspace = filled(bytes);
     qwenforge::MoeTensors tensors{};
     tensors.hiddenStates = hidden.get();
@@ -199,7 +244,6 @@ cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
     {
         std::fprintf(stderr, "%s\n", problem.text());
     }
-    auto const path = static_cast<qwenforge::MoePath>(static_cast<int32_t>(n[11]));
     cudaError_t const error
         = completed(qwenforge::launchMoe(shape, type, tensors, workspace.get(), bytes, nullptr, path));
     write(output, states);

@@ -19,7 +19,6 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
@@ -40,12 +39,80 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+// simtSwitch(save, load) goes on where the stack `load` was left, and leaves the current one in `save`. The C library's
+// swapcontext does the same with two system calls a time, which is most of an emulated kernel's time.
+#if defined(__x86_64__)
+extern "C" void simtSwitch(void** save, void* load);
+asm(R"(
+.text
+.weak simtSwitch
+.type simtSwitch, @function
+simtSwitch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size simtSwitch, .-simtSwitch
+.section .note.GNU-stack, "", @progbits
+.text
+)");
+#else
+#include <ucontext.h>
+#endif
+
 namespace simt
 {
 
+// A stack that was left, and what goes on with it.
+#if defined(__x86_64__)
+using Context = void*;
+
+inline void startContext(Context& context, char* stack, size_t bytes, void (*function)())
+{
+    // What simtSwitch pops: six registers, and the address it returns to; then the stack is as after a call.
+    auto const top = reinterpret_cast<uintptr_t>(stack + bytes) / 16 * 16;
+    auto* const slots = reinterpret_cast<void**>(top) - 8;
+    std::fill(slots, slots + 8, nullptr);
+    slots[6] = reinterpret_cast<void*>(function);
+    context = slots;
+}
+
+inline void switchContext(Context& save, Context& load)
+{
+    simtSwitch(&save, load);
+}
+#else
+using Context = ucontext_t;
+
+inline void startContext(Context& context, char* stack, size_t bytes, void (*function)())
+{
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = bytes;
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+}
+
+inline void switchContext(Context& save, Context& load)
+{
+    swapcontext(&save, &load);
+}
+#endif
+
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kLargestOperand = 32;
+constexpr size_t kLargestOperand = 96;
 
 inline unsigned& schedule()
 {
@@ -72,8 +139,7 @@ struct Copy
 
 struct Fiber
 {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    Context context;
     State state;
     void* fakeStack; // AddressSanitizer's
     std::vector<Copy> newCopies;
@@ -104,11 +170,22 @@ struct Block
     std::vector<Gathering> warps;
     std::map<std::string, std::vector<unsigned char>> shared;
     std::function<void()> body;
-    ucontext_t scheduler;
+    Context scheduler;
     void const* schedulerStack = nullptr;
     size_t schedulerStackBytes = 0;
     void* schedulerFakeStack = nullptr;
 };
+
+// Of fiber `thread`; kept from launch to launch.
+inline char* stackOf(int thread)
+{
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    while (stacks.size() <= static_cast<size_t>(thread))
+    {
+        stacks.emplace_back(new char[kStackBytes]);
+    }
+    return stacks[static_cast<size_t>(thread)].get();
+}
 
 inline Block*& block()
 {
@@ -145,7 +222,7 @@ inline void wait(State state)
     Fiber& fiber = b.fibers[static_cast<size_t>(b.current)];
     fiber.state = state;
     leaveStack(&fiber.fakeStack, b.schedulerStack, b.schedulerStackBytes);
-    swapcontext(&fiber.context, &b.scheduler);
+    switchContext(fiber.context, b.scheduler);
     enterStack(fiber.fakeStack, &b.schedulerStack, &b.schedulerStackBytes);
 }
 
@@ -241,7 +318,7 @@ inline void runFiber()
     fiber.state = State::kDone;
     ++b.done;
     leaveStack(nullptr, b.schedulerStack, b.schedulerStackBytes);
-    swapcontext(&fiber.context, &b.scheduler);
+    switchContext(fiber.context, b.scheduler);
 }
 
 inline void startFibers(Block& b)
@@ -249,21 +326,14 @@ inline void startFibers(Block& b)
     b.atBarrier = b.done = 0;
     b.warps.assign(static_cast<size_t>((b.threads + kLanes - 1) / kLanes), Gathering{});
     b.shared.clear();
-    for (Fiber& fiber : b.fibers)
+    for (int thread = 0; thread < b.threads; ++thread)
     {
-        if (fiber.stack == nullptr)
-        {
-            fiber.stack.reset(new char[kStackBytes]);
-        }
+        Fiber& fiber = b.fibers[static_cast<size_t>(thread)];
         fiber.state = State::kRunnable;
         fiber.fakeStack = nullptr;
         fiber.newCopies.clear();
         fiber.copyGroups.clear();
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, runFiber, 0);
+        startContext(fiber.context, stackOf(thread), kStackBytes, runFiber);
     }
 }
 
@@ -286,8 +356,8 @@ inline void runBlock(Block& b, std::vector<int>& order, std::mt19937& random)
             }
             ran = true;
             b.current = thread;
-            leaveStack(&b.schedulerFakeStack, fiber.stack.get(), kStackBytes);
-            swapcontext(&b.scheduler, &fiber.context);
+            leaveStack(&b.schedulerFakeStack, stackOf(thread), kStackBytes);
+            switchContext(b.scheduler, fiber.context);
             enterStack(b.schedulerFakeStack, nullptr, nullptr);
         }
         if (!ran)
@@ -398,12 +468,17 @@ void multiplyAdd(float (&sums)[4], uint32_t const (&a)[4], uint32_t const (&b)[2
     constexpr int kEach = 4 / sizeof(T);     // elements of a register
     struct Operands
     {
-        T a[4][kEach];
-        T b[2][kEach];
+        float a[4][kEach];
+        float b[2][kEach];
     };
     Operands own;
-    std::memcpy(static_cast<void*>(own.a), a, sizeof(own.a));
-    std::memcpy(static_cast<void*>(own.b), b, sizeof(own.b));
+    for (int i = 0; i < 6; ++i)
+    {
+        T elements[kEach];
+        std::memcpy(static_cast<void*>(elements), i < 4 ? &a[i] : &b[i - 4], sizeof(elements));
+        std::transform(elements, elements + kEach, i < 4 ? own.a[i] : own.b[i - 4],
+            [](T element) { return static_cast<float>(element); });
+    }
     auto const* const slots = gather(0xffffffffu, own, "mma");
     int const lane = block()->current % kLanes;
     for (int i = 0; i < 4; ++i)
@@ -414,8 +489,7 @@ void multiplyAdd(float (&sums)[4], uint32_t const (&a)[4], uint32_t const (&b)[2
         {
             auto const& left = operandAt<Operands>(slots, row % 8 * 4 + k % kHalf / kEach);
             auto const& right = operandAt<Operands>(slots, column * 4 + k % kHalf / kEach);
-            sums[i] += static_cast<float>(left.a[row / 8 + k / kHalf * 2][k % kEach])
-                * static_cast<float>(right.b[k / kHalf][k % kEach]);
+            sums[i] += left.a[row / 8 + k / kHalf * 2][k % kEach] * right.b[k / kHalf][k % kEach];
         }
     }
 }

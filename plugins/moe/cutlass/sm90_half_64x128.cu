@@ -1,0 +1,11 @@
+#include "moe/cutlass/grouped_sm90.cuh"
+
+namespace qwenforge
+{
+namespace moe
+{
+
+template struct GroupedKernel<__half, GroupedTile::k64x128>;
+
+} // namespace moe
+} // namespace qwenforge
