@@ -13,7 +13,7 @@ add_library(qwenforge_ort SHARED
     common/contract.cpp
     common/fields.cpp
     moe/moe_op.cpp
-    onnxruntime/custom_op.cpp
+    onnxruntime/op_schema.cpp
     onnxruntime/kernel.cpp
     onnxruntime/ort_values.cpp
     onnxruntime/register.cpp)

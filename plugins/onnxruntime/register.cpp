@@ -1,7 +1,7 @@
 // What the library exports: the function that ONNX Runtime calls when it is registered, and the library's version.
 
 #include "moe/moe_op.h"
-#include "onnxruntime/custom_op.h"
+#include "onnxruntime/op_schema.h"
 
 #include <memory>
 #include <mutex>

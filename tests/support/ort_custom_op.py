@@ -24,7 +24,7 @@ from support.source_tree import ROOT
 PLUGINS = ROOT / "plugins"
 SPEC = OpSpec.model_validate(yaml.safe_load((PLUGINS / "moe" / "op.yaml").read_text(encoding="utf-8")))
 _SIMT = ROOT / "tests" / "support" / "simt"
-_SOURCES = ["common/contract.cpp", "common/fields.cpp", "moe/moe_op.cpp"]
+_SOURCES = ["common/contract.cpp", "common/fields.cpp", "moe/moe_op.cpp", "moe/cutlass/grouped_missing.cpp"]
 _ELEMENT = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16, "float32": TensorProto.FLOAT}
 
 

@@ -1,4 +1,4 @@
-#include "onnxruntime/custom_op.h"
+#include "onnxruntime/op_schema.h"
 
 #include "onnxruntime/ort_values.h"
 
