@@ -13,25 +13,6 @@ namespace
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
-// Of the node's own text in an error; longer names end early.
-constexpr size_t kNameBytes = 128;
-
-// "QwenForgeMoE 'layer 3': " and the problem, for an error that ONNX Runtime passes on as it is.
-OrtStatus* refuseNode(
-    OrtApi const& api, OpSpec const& spec, OrtKernelInfo const* info, Message const& problem) noexcept
-{
-    char name[kNameBytes]{};
-    size_t bytes = sizeof(name);
-    if (OrtStatus* const status = api.KernelInfo_GetNodeName(info, name, &bytes))
-    {
-        api.ReleaseStatus(status); // too long a name is left out
-        name[0] = '\0';
-    }
-    Message text;
-    text.set("%s '%s': %s", spec.name, name, problem.text());
-    return refusal(api, text);
-}
-
 // Whether the node names a tensor at this place: an optional input is left out by an empty name, or at the end.
 OrtStatus* isGiven(OrtApi const& api, OrtKernelInfo const* info, size_t count, size_t index, bool& given) noexcept
 {

@@ -10,12 +10,6 @@ namespace qwenforge
 namespace
 {
 
-#ifdef QWENFORGE_SIMT
-constexpr char const* kProvider = "CPUExecutionProvider"; // the kernels are emulated
-#else
-constexpr char const* kProvider = "CUDAExecutionProvider";
-#endif
-
 // The first input whose type is the type variable's whatever the attributes are.
 int32_t decidingInput(OpSpec const& spec) noexcept
 {
@@ -48,15 +42,16 @@ int32_t inputOfShape(OpSpec const& spec, TensorSpec const& output) noexcept
 
 } // namespace
 
-CustomOp::CustomOp(OrtApi const& api, OpTable const& table, nvinfer1::DataType type) noexcept
+CustomOp::CustomOp(OrtApi const& api, OpTable const& table, nvinfer1::DataType type, char const* provider) noexcept
     : OrtCustomOp{}
     , mApi(&api)
     , mTable(&table)
     , mType(type)
+    , mProvider(provider)
 {
     version = kOrtVersion;
     GetName = [](OrtCustomOp const* op) noexcept { return of(op).mTable->spec.name; };
-    GetExecutionProviderType = [](OrtCustomOp const*) noexcept { return kProvider; };
+    GetExecutionProviderType = [](OrtCustomOp const* op) noexcept { return of(op).mProvider; };
     GetInputTypeCount
         = [](OrtCustomOp const* op) noexcept { return static_cast<size_t>(of(op).mTable->spec.inputCount); };
     GetInputType = [](OrtCustomOp const* op, size_t index) noexcept { return of(op).inputType(index); };
@@ -78,7 +73,7 @@ CustomOp::CustomOp(OrtApi const& api, OpTable const& table, nvinfer1::DataType t
     CreateKernelV2 = [](OrtCustomOp const* op, OrtApi const* own, OrtKernelInfo const* info,
                          void** kernel) noexcept -> OrtStatus* {
         Kernel* created = nullptr;
-        OrtStatus* const status = Kernel::create(*own, *of(op).mTable, info, created);
+        OrtStatus* const status = of(op).createKernel(*own, info, created);
         *kernel = created;
         return status;
     };
@@ -112,6 +107,17 @@ ONNXTensorElementDataType CustomOp::inputType(size_t index) const noexcept
     OpSpec const& spec = mTable->spec;
     bool const decides = static_cast<int32_t>(index) == decidingInput(spec);
     return decides ? typeOf(spec.inputs[index]) : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+}
+
+OrtStatus* CustomOp::createKernel(OrtApi const& api, OrtKernelInfo const* info, Kernel*& kernel) const noexcept
+{
+    if (std::strcmp(mProvider, kProviders[0]) == 0)
+    {
+        return Kernel::create(api, *mTable, info, kernel);
+    }
+    Message problem;
+    problem.set("its kernels need %s, which this session does not have", kProviders[0]);
+    return refuseNode(api, mTable->spec, info, problem);
 }
 
 OrtStatus* CustomOp::inferShapes(OrtShapeInferContext* context) const noexcept

@@ -57,6 +57,9 @@ bool readFloat(OrtApi const& api, OrtKernelInfo const* info, AttributeSpec const
     return true;
 }
 
+// Of the node's own text in an error; longer names end early.
+constexpr size_t kNameBytes = 128;
+
 } // namespace
 
 ONNXTensorElementDataType elementTypeOf(DataType type) noexcept
@@ -134,6 +137,21 @@ OrtStatus* addressOf(OrtApi const& api, OrtValue const* value, void*& address) n
 {
     // The interface has no function for a tensor that is only read; the kernels' pointers to inputs are const.
     return api.GetTensorMutableData(const_cast<OrtValue*>(value), &address);
+}
+
+OrtStatus* refuseNode(
+    OrtApi const& api, OpSpec const& spec, OrtKernelInfo const* info, Message const& problem) noexcept
+{
+    char name[kNameBytes]{};
+    size_t bytes = sizeof(name);
+    if (OrtStatus* const status = api.KernelInfo_GetNodeName(info, name, &bytes))
+    {
+        api.ReleaseStatus(status); // too long a name is left out
+        name[0] = '\0';
+    }
+    Message text;
+    text.set("%s '%s': %s", spec.name, name, problem.text());
+    return refusal(api, text);
 }
 
 } // namespace qwenforge

@@ -31,6 +31,10 @@ inline OrtStatus* refusal(OrtApi const& api, Message const& problem) noexcept
     return api.CreateStatus(ORT_INVALID_ARGUMENT, problem.text());
 }
 
+// "QwenForgeMoE 'layer 3': " and the problem, for an error that ONNX Runtime passes on as it is.
+OrtStatus* refuseNode(
+    OrtApi const& api, OpSpec const& spec, OrtKernelInfo const* info, Message const& problem) noexcept;
+
 template <typename T>
 using Owned = std::unique_ptr<T, void (*)(T*)>;
 

@@ -18,6 +18,7 @@ namespace
 constexpr OpTable const* kOps[]{&kOpTable<MoeOp>};
 
 constexpr int32_t kMostTypes = 2; // of one type variable
+constexpr int32_t kProviderCount = sizeof(kProviders) / sizeof(kProviders[0]);
 
 constexpr bool areSupported() noexcept
 {
@@ -86,9 +87,10 @@ private:
         for (OpTable const* const op : kOps)
         {
             TypeVariableSpec const& variable = op->spec.typeVariables[0];
-            for (int32_t i = 0; i < variable.typeCount; ++i, ++next)
+            for (int32_t i = 0; i < variable.typeCount * kProviderCount; ++i, ++next)
             {
-                mOps[next].reset(new (std::nothrow) CustomOp(mApi, *op, variable.types[i]));
+                nvinfer1::DataType const type = variable.types[i / kProviderCount];
+                mOps[next].reset(new (std::nothrow) CustomOp(mApi, *op, type, kProviders[i % kProviderCount]));
                 if (mOps[next] == nullptr)
                 {
                     return mApi.CreateStatus(ORT_FAIL, "no memory for the custom ops of qwenforge");
@@ -105,7 +107,7 @@ private:
 
     OrtApi const& mApi;
     OrtCustomOpDomain* mDomain{nullptr};
-    std::unique_ptr<CustomOp> mOps[kMostTypes * sizeof(kOps) / sizeof(kOps[0])];
+    std::unique_ptr<CustomOp> mOps[kMostTypes * kProviderCount * sizeof(kOps) / sizeof(kOps[0])];
 };
 
 } // namespace
