@@ -53,10 +53,6 @@ public:
     Registration& operator=(Registration const&) = delete;
     ~Registration()
     {
-        for (std::unique_ptr<CustomOp>& op : mOps)
-        {
-            op.reset();
-        }
         if (mDomain != nullptr)
         {
             mApi.ReleaseCustomOpDomain(mDomain);
