@@ -120,8 +120,8 @@ def moe_model(
 def session(model: onnx.ModelProto, library: Path | None = None, provider: str | None = None) -> Any:
     """An ``onnxruntime.InferenceSession`` with the ops of ``library``.
 
-    If nothing is said, they are emulated on the CPU. With QWENFORGE_KERNELS_ON=cuda in the environment they are those of
-    the built library, on the GPU; that needs onnxruntime-gpu.
+    If nothing is said, they are emulated on the CPU. With QWENFORGE_KERNELS_ON=cuda in the environment they are those
+    of the built library, on the GPU; that needs onnxruntime-gpu.
     """
     import onnxruntime
 
