@@ -14,7 +14,7 @@ STAGES := exporter graph_passes plugins calibration engine runtime bench
 help:
 	@echo "make demo       export both example checkpoints, verify, generate text, measure latency"
 	@echo "make test       ruff, mypy, pytest"
-	@echo "make plugins    libqwenforge_plugins.so for TensorRT, with the CUDA compiler of PyPI's wheels or your own"
+	@echo "make plugins    the libraries for TensorRT and ONNX Runtime, with the CUDA compiler of PyPI's wheels or your own"
 	@echo "make lint       ruff and mypy only"
 	@echo "make format     let ruff format the sources"
 	@echo "make clean      remove everything that was built, .venv included"

@@ -43,6 +43,7 @@ why_no_cutlass(why)
 if(why)
     message(STATUS "CUTLASS: no, ${why}")
     target_sources(qwenforge_plugins PRIVATE moe/cutlass/grouped_missing.cpp)
+    target_sources(qwenforge_ort PRIVATE moe/cutlass/grouped_missing.cpp)
     return()
 endif()
 message(STATUS "CUTLASS: ${CUTLASS_INCLUDE_DIR}")
@@ -69,3 +70,4 @@ target_include_directories(qwenforge_grouped_gemm SYSTEM PRIVATE
 target_compile_options(qwenforge_grouped_gemm PRIVATE
     --Werror=all-warnings -Xcompiler=-Wall,-Wextra --expt-relaxed-constexpr -Xptxas=-v)
 target_sources(qwenforge_plugins PRIVATE $<TARGET_OBJECTS:qwenforge_grouped_gemm>)
+target_sources(qwenforge_ort PRIVATE $<TARGET_OBJECTS:qwenforge_grouped_gemm>)

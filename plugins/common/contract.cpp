@@ -173,7 +173,8 @@ bool Contract::checkConfiguration(
 {
     TypeState types;
     SizeState sizes;
-    for (int32_t i = 0; i < mInputCount + mSpec->outputCount; ++i)
+    int32_t const count = mInputCount + (outputs == nullptr ? 0 : mSpec->outputCount);
+    for (int32_t i = 0; i < count; ++i)
     {
         PluginTensorDesc const& given = i < mInputCount ? inputs[i].desc : outputs[i - mInputCount].desc;
         if (!accept(tensorAt(i), given, /*unknownAllowed=*/true, types, sizes, problem))
@@ -207,7 +208,8 @@ bool Contract::bind(PluginTensorDesc const* inputs, PluginTensorDesc const* outp
 {
     TypeState types;
     SizeState sizes;
-    for (int32_t i = 0; i < mInputCount + mSpec->outputCount; ++i)
+    int32_t const count = mInputCount + (outputs == nullptr ? 0 : mSpec->outputCount);
+    for (int32_t i = 0; i < count; ++i)
     {
         PluginTensorDesc const& given = i < mInputCount ? inputs[i] : outputs[i - mInputCount];
         if (!accept(tensorAt(i), given, /*unknownAllowed=*/false, types, sizes, problem))
@@ -218,6 +220,18 @@ bool Contract::bind(PluginTensorDesc const* inputs, PluginTensorDesc const* outp
     std::memcpy(binding.sizes, sizes.sizes, sizeof(binding.sizes));
     std::memcpy(binding.types, types.types, sizeof(binding.types));
     return true;
+}
+
+nvinfer1::Dims Contract::outputShape(int32_t output, Binding const& binding) const noexcept
+{
+    TensorSpec const& tensor = mSpec->outputs[output];
+    nvinfer1::Dims shape{};
+    shape.nbDims = tensor.rank;
+    for (int32_t axis = 0; axis < tensor.rank; ++axis)
+    {
+        shape.d[axis] = extent(tensor.shape[axis], binding);
+    }
+    return shape;
 }
 
 int64_t Contract::outputVolume(int32_t output, Binding const& binding) const noexcept
@@ -292,9 +306,8 @@ bool Contract::acceptType(TensorSpec const& tensor, DataType type, TypeState& st
         from = tensor.name;
         bound = type;
         return allows(variable, type)
-            || problem.set("%s is of type %s, which is not supported: build a strongly typed network in %s or %s",
-                tensor.name, typeName(type), typeName(variable.types[0]),
-                typeName(variable.types[variable.typeCount - 1]));
+            || problem.set("%s is of type %s, which is not supported: export the model in %s or %s", tensor.name,
+                typeName(type), typeName(variable.types[0]), typeName(variable.types[variable.typeCount - 1]));
     }
     return type == bound
         || problem.set("%s is of type %s, but %s of type %s", tensor.name, typeName(type), from, typeName(bound));

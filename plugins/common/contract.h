@@ -1,7 +1,7 @@
-// What TensorRT asks about a plugin's tensors, answered from the plugin's specification and its attributes.
+// What TensorRT and ONNX Runtime ask about an op's tensors, answered from its specification and its attributes.
 //
 // Input and output indices of TensorRT are *positions*: they leave out inputs that the attributes make absent. Indices of
-// the specification count those too.
+// the specification count those too, and so do ONNX Runtime's.
 
 #pragma once
 
@@ -47,6 +47,12 @@ public:
         return mSpec->outputCount;
     }
 
+    // The position of the input with an index of the specification, -1 where the attributes make it absent.
+    int32_t position(int32_t input) const noexcept
+    {
+        return mPositionOf[input];
+    }
+
     // The position of the input whose memory an output shares, -1 for none or for an output that does not exist.
     int32_t aliasedInput(int32_t output) const noexcept;
 
@@ -60,7 +66,7 @@ public:
     // Reads nothing behind `position`, as TensorRT fills the descriptions one by one.
     bool supportsFormat(int32_t position, nvinfer1::DynamicPluginTensorDesc const* tensors) const noexcept;
 
-    // At build time: types, formats, ranks and those extents that are known already.
+    // At build time: types, formats, ranks and those extents that are known already. Without `outputs` only the inputs'.
     bool checkConfiguration(nvinfer1::DynamicPluginTensorDesc const* inputs,
         nvinfer1::DynamicPluginTensorDesc const* outputs, Message& problem) const noexcept;
 
@@ -68,9 +74,11 @@ public:
     // bounds of one size may differ from tensor to tensor. Sizes of which no bound is known become 0.
     Binding maximum(nvinfer1::DynamicPluginTensorDesc const* inputs) const noexcept;
 
-    // At run time: every extent is known and has to agree.
+    // At run time: every extent is known and has to agree. `outputs` may be null where they are still to be made.
     bool bind(nvinfer1::PluginTensorDesc const* inputs, nvinfer1::PluginTensorDesc const* outputs, Binding& binding,
         Message& problem) const noexcept;
+
+    nvinfer1::Dims outputShape(int32_t output, Binding const& binding) const noexcept;
 
     // Of an output, in elements.
     int64_t outputVolume(int32_t output, Binding const& binding) const noexcept;

@@ -112,6 +112,14 @@ bool parseFields(OpSpec const& spec, nvinfer1::PluginFieldCollection const* fiel
         {
             return problem.set("field %s is missing", spec.attributes[i].name);
         }
+    }
+    return checkValues(spec, values, problem);
+}
+
+bool checkValues(OpSpec const& spec, AttributeValue const* values, Message& problem) noexcept
+{
+    for (int32_t i = 0; i < spec.attributeCount; ++i)
+    {
         if (!checkRange(spec.attributes[i], values[i], problem))
         {
             return false;

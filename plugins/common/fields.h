@@ -15,6 +15,9 @@ nvinfer1::PluginFieldType fieldType(AttributeType type) noexcept;
 bool parseFields(OpSpec const& spec, nvinfer1::PluginFieldCollection const* fields, AttributeValue* values,
     Message& problem) noexcept;
 
+// Whether each value is in its range and the requirements of the spec hold; else with a sentence in `problem`.
+bool checkValues(OpSpec const& spec, AttributeValue const* values, Message& problem) noexcept;
+
 // Writes one field for each attribute; they point into `values`, or at nothing when that is null.
 void describeFields(OpSpec const& spec, AttributeValue const* values, nvinfer1::PluginField* fields) noexcept;
 

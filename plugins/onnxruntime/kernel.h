@@ -1,0 +1,55 @@
+// One node of a graph in ONNX Runtime: its attributes and tensors checked, its workspace taken, its op launched.
+
+#pragma once
+
+#include "common/contract.h"
+#include "onnxruntime/ort.h"
+
+#include <cuda_runtime_api.h>
+
+namespace qwenforge
+{
+
+// The functions of an op (MoeOp and its like), so that the front end is compiled once for all of them.
+struct OpTable
+{
+    OpSpec const& spec;
+    size_t (*workspaceBytes)(Contract const& contract, Binding const& binding) noexcept;
+    bool (*checkSizes)(Contract const& contract, Binding const& binding, Message& problem) noexcept;
+    cudaError_t (*launch)(Contract const& contract, Binding const& binding, Tensors const& tensors, void* workspace,
+        size_t workspaceBytes, cudaStream_t stream) noexcept;
+};
+
+template <typename Op>
+inline constexpr OpTable kOpTable{Op::spec(), Op::workspaceBytes, Op::checkSizes, Op::launch};
+
+// Immutable after creation: a session may run it from several threads.
+class Kernel
+{
+public:
+    // Null and an object in `kernel`, or what is wrong with the node: an attribute, a tensor that has to be there or must
+    // not, a type, or an extent that the graph knows already.
+    static OrtStatus* create(OrtApi const& api, OpTable const& op, OrtKernelInfo const* info, Kernel*& kernel) noexcept;
+
+    Kernel(Kernel const&) = delete;
+    Kernel& operator=(Kernel const&) = delete;
+    ~Kernel();
+
+    OrtStatus* compute(OrtKernelContext* context) const noexcept;
+
+private:
+    Kernel(OrtApi const& api, OpTable const& op, AttributeValue const* attributes) noexcept;
+
+    OrtStatus* checkNode(OrtKernelInfo const* info) const noexcept;
+    OrtStatus* bind(OrtKernelContext* context, Binding& binding, Tensors& tensors) const noexcept;
+    OrtStatus* launch(OrtKernelContext* context, Binding const& binding, Tensors const& tensors) const noexcept;
+    bool checkPresence(int32_t input, bool given, Message& problem) const noexcept;
+
+    OrtApi const& mApi;
+    OpTable const& mOp;
+    Contract mContract;
+    OrtAllocator* mAllocator{nullptr};
+    OrtMemoryInfo const* mMemory{nullptr}; // the allocator's
+};
+
+} // namespace qwenforge
