@@ -55,8 +55,6 @@ add_library(qwenforge_grouped_gemm OBJECT
     moe/cutlass/sm90_half_128x128.cu
     moe/cutlass/sm90_half_64x128.cu)
 set_property(GLOBAL APPEND PROPERTY JOB_POOLS cutlass=1)
-# What ptxas says of the kernels stays beside each object, in a file NAME.o.log.
-set(launcher "${Python3_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/cmake/keep_messages.py" ${CMAKE_CUDA_COMPILER_LAUNCHER})
 set_target_properties(qwenforge_grouped_gemm PROPERTIES
     CUDA_ARCHITECTURES 90a-real
     CUDA_COMPILER_LAUNCHER "${launcher}"
