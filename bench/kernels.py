@@ -1,77 +1,44 @@
-"""Times the plugins' kernels on this machine's GPU beside PyTorch's: ``python bench/kernels.py --json times.json``.
+"""Times the plugins' kernels on this machine's GPU beside their peers: ``python bench/kernels.py moe --json FILE``.
 
-Needs torch with CUDA and nvcc, and nothing of qwenforge installed. Each measurement replays a CUDA graph with a cold
-L2; medians with the 10th and 90th percentile, in microseconds. A floor is the larger of bytes over the copy bandwidth
-and operations over the matrix rate, both measured in the same run.
+Needs torch with CUDA and nvcc. Every contender computes the same layer from the router's logits on; they take turns,
+replayed as CUDA graphs with a cold L2; medians with the 10th and 90th percentile, in microseconds. A floor is the
+larger of bytes over the copy bandwidth and operations over the bf16 matrix rate, both measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
+import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
-SOURCES = ("moe/moe.cu", "attention/attention.cu", "common/kernels_c_api.cpp")
-FLUSH_BYTES = 256 << 20
-REPEATS = 30
-TOKENS = (1, 8, 64, 512, 4096)
-PATHS = {"plain": 0, "matrix": 1}
-"""qwenforge::MoePath."""
-
-
-class MoeShape(ctypes.Structure):
-    """qwenforge::MoeShape."""
-
-    _fields_ = (
-        ("tokens", ctypes.c_int64),
-        ("hidden", ctypes.c_int32),
-        ("width", ctypes.c_int32),
-        ("experts", ctypes.c_int32),
-        ("shared", ctypes.c_int32),
-        ("top_k", ctypes.c_int32),
-        ("normalize", ctypes.c_bool),
-    )
-
-
-class AttentionShape(ctypes.Structure):
-    """qwenforge::AttentionShape."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "sequence", "capacity", "positions")),
-        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "head_size", "window")),
-        ("scale", ctypes.c_float),
-    )
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The experts of one layer: C, I, E, K and the shared expert's slices."""
-
-    name: str
-    hidden: int
-    width: int
-    experts: int
-    top_k: int
-    shared: int
-    normalize: bool = False
-
-
-LAYERS = (
-    Layer("Qwen1.5-MoE-A2.7B", 2048, 1408, 60, 4, 4),
-    Layer("Qwen2-57B-A14B", 3584, 2560, 64, 8, 8),
-    Layer("Qwen3-30B-A3B", 2048, 768, 128, 8, 0, normalize=True),
+from qwenforge.bench.kernel_library import PATHS, AttentionShape, Kernels, build
+from qwenforge.bench.moe_layers import (
+    KINDS,
+    LAYERS,
+    ROUTINGS,
+    Kind,
+    Layer,
+    floor_us,
+    make_call,
+    make_experts,
+    reference,
 )
+
+FLUSH_BYTES = 256 << 20
+ROUNDS = 15
+QUICK_ROUNDS = 5
+TOKENS = (1, 8, 64, 512, 4096)
+REFERENCE_TOKENS = 8
+"""Up to so many tokens the result is compared with fp32 of the unpacked weights."""
 
 
 @dataclass(frozen=True)
@@ -82,148 +49,165 @@ class Time:
     low: float
     high: float
 
+    @staticmethod
+    def of(times: Sequence[float]) -> Time:
+        """Of single measurements."""
+        ordered = sorted(times)
+        return Time(statistics.median(ordered), ordered[len(ordered) // 10], ordered[len(ordered) * 9 // 10])
+
 
 class Machine:
     """The GPU: its name, and its copy bandwidth (bytes a second) and bf16 matrix rate (operations a second) today."""
 
-    def __init__(self, torch: Any) -> None:
-        self.torch = torch
+    def __init__(self, torch: Any, rounds: int) -> None:
+        self.torch, self.rounds = torch, rounds
         self.name = torch.cuda.get_device_name()
+        major, minor = torch.cuda.get_device_capability()
+        self.sm = 10 * major + minor
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        data = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(data)
-        self.bandwidth = 2 * data.numel() / (self.time(lambda: target.copy_(data)).median * 1e-6)
+        data = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda")
+        copied = self.times({"copy": lambda: data[0].copy_(data[1])})["copy"]
+        self.bandwidth = data.numel() / (copied.median * 1e-6)
         square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-        self.rate = 2 * 8192**3 / (self.time(lambda: square @ square).median * 1e-6)
+        product = torch.empty_like(square)
+        multiplied = self.times({"matmul": lambda: torch.matmul(square, square, out=product)})["matmul"]
+        self.rate = 2 * 8192**3 / (multiplied.median * 1e-6)
 
-    def time(self, call: Callable[[], Any]) -> Time:
-        """The time of ``call`` replayed as a CUDA graph, L2 flushed before each."""
+    def times(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Time]:
+        """Every call's time, taken in turns, L2 flushed before each.
+
+        A call is replayed as a CUDA graph unless its attribute ``graph`` is False.
+        """
+        ready = {name: self._replayable(call) for name, call in calls.items()}
+        measured: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(self.rounds):
+            for name, call in ready.items():
+                self._flush.zero_()
+                start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                end.synchronize()
+                measured[name].append(start.elapsed_time(end) * 1e3)
+        return {name: Time.of(times) for name, times in measured.items()}
+
+    def _replayable(self, call: Callable[[], Any]) -> Callable[[], Any]:
         torch = self.torch
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
+            for _ in range(2):
                 call()
         torch.cuda.synchronize()
+        if not getattr(call, "graph", True):
+            return call
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        times = []
-        for _ in range(REPEATS):
-            self._flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        times.sort()
-        return Time(statistics.median(times), times[len(times) // 10], times[len(times) * 9 // 10])
-
-    def floor(self, read: float, operations: float) -> float:
-        """Microseconds below which nobody gets."""
-        return float(1e6 * max(read / self.bandwidth, operations / self.rate))
+        return graph.replay  # type: ignore[no-any-return]
 
 
-def build(nvcc: str, folder: Path) -> ctypes.CDLL:
-    """The kernels as a shared library for this GPU."""
-    library = folder / "libqwenforge_kernels.so"
-    command = [nvcc, "-std=c++17", "-O3", "-arch=native", "-lineinfo", "-shared", "-Xcompiler=-fPIC", f"-I{PLUGINS}"]
-    subprocess.run([*command, *(str(PLUGINS / name) for name in SOURCES), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    for name in ("qwenforgeMoeWorkspaceBytes", "qwenforgeAttentionWorkspaceBytes"):
-        getattr(loaded, name).restype = ctypes.c_size_t
-    return loaded
-
-
-def moe_rows(machine: Machine, kernels: ctypes.CDLL, layers: tuple[Layer, ...]) -> Iterator[dict[str, Any]]:
-    """One row a layer, number of tokens and routing."""
+def moe_rows(
+    machine: Machine,
+    kernels: Kernels,
+    layers: Sequence[Layer],
+    kinds: Sequence[Kind],
+    tokens: Sequence[int],
+    routings: Sequence[str],
+    *,
+    peers: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """One row a layer, kind of weights, number of tokens and routing."""
     torch = machine.torch
     for layer in layers:
-        stored = layer.experts + layer.shared
-        scale = layer.hidden**-0.5
-        gate_up = torch.randn(stored, 2 * layer.width, layer.hidden, dtype=torch.bfloat16, device="cuda") * scale
-        down = torch.randn(stored, layer.hidden, layer.width, dtype=torch.bfloat16, device="cuda") * layer.width**-0.5
-        for tokens in TOKENS:
-            for routing in ("uniform", "skewed"):
-                yield _moe_row(machine, kernels, layer, tokens, routing, gate_up, down)
-        del gate_up, down
+        for kind in kinds:
+            if kind.weight_type == "fp8" and machine.sm < 89:
+                yield {"layer": layer.name, "weights": kind.name, "left_out": f"FP8 needs SM 89, this is {machine.sm}"}
+                continue
+            experts = make_experts(torch, layer, kind)
+            for count in tokens:
+                for routing in routings:
+                    yield _moe_row(machine, kernels, layer, kind, count, routing, experts, peers)
+            del experts
+            torch.cuda.empty_cache()
 
 
 def _moe_row(
-    machine: Machine, kernels: ctypes.CDLL, layer: Layer, tokens: int, routing: str, gate_up: Any, down: Any
+    machine: Machine, kernels: Kernels, layer: Layer, kind: Kind, tokens: int, routing: str, experts: Any, peers: bool
 ) -> dict[str, Any]:
     torch = machine.torch
-    x = torch.randn(tokens, layer.hidden, dtype=torch.bfloat16, device="cuda")
-    logits = torch.randn(tokens, layer.experts, dtype=torch.bfloat16, device="cuda")
-    if routing == "skewed":  # popularity falls as a power of the rank
-        logits += 2 * torch.arange(1, layer.experts + 1, device="cuda").float().log().neg().to(torch.bfloat16)
-    gates = torch.randn(tokens, 1, dtype=torch.bfloat16, device="cuda")
-    output = torch.empty_like(x)
-    shape = MoeShape(tokens, layer.hidden, layer.width, layer.experts, layer.shared, layer.top_k, layer.normalize)
-    workspace = torch.empty(kernels.qwenforgeMoeWorkspaceBytes(ctypes.byref(shape)), dtype=torch.uint8, device="cuda")
-    tensors = _addresses([x, logits, gate_up, down, gates if layer.shared else None, output])
-
-    def ours(path: int) -> None:
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        size = ctypes.c_size_t(workspace.numel())
-        space = ctypes.c_void_p(workspace.data_ptr())
-        _require(kernels.qwenforgeMoe(ctypes.byref(shape), 1, ctypes.byref(tensors), space, size, stream, path))
-
-    chosen = torch.softmax(logits.float(), -1).topk(layer.top_k, -1)[1]
-    touched = chosen.unique().numel() + layer.shared
-    matrices = 3 * layer.hidden * layer.width
-    assignments = tokens * (layer.top_k + layer.shared)
-    floor = machine.floor(2.0 * touched * matrices, 2.0 * assignments * matrices)
-    expected = _grouped(torch, layer, x, logits, gates, gate_up, down)().float()
+    call = make_call(torch, layer, tokens, routing)
+    floor, bound = floor_us(layer, kind, tokens, call.touched, machine.bandwidth, machine.rate)
     row: dict[str, Any] = {
         "layer": layer.name,
+        "weights": kind.name,
         "tokens": tokens,
         "routing": routing,
         "floor_us": floor,
+        "bound": bound,
+        "table": kernels.moe_path(call.hidden, call.logits, experts, torch.empty_like(call.hidden), call.gates),
     }
-    for name, path in PATHS.items():
-        time = machine.time(lambda path=path: ours(path))  # type: ignore[misc]
-        row[name] = {
+    left_out: dict[str, str] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    outputs = {}
+    for path in PATHS:
+        if path == "table" or (path in ("eight", "sixteen") and tokens > 512):
+            continue  # the table's choice is one of the others; small tiles read a weight too often by then
+        output = torch.empty_like(call.hidden)
+        try:
+            ours = kernels.prepared_moe(call.hidden, call.logits, experts, output, call.gates, path)
+            ours()
+        except Exception as error:  # noqa: BLE001 - the reason goes into the report
+            left_out[path] = str(error)
+            continue
+        calls[path], outputs[path] = ours, output
+    if peers and kind.weight_type == "float":
+        for name, peer in _peers(torch, layer, call, experts).items():
+            if isinstance(peer, str):
+                left_out[name] = peer
+            else:
+                calls[name] = peer
+    torch.cuda.synchronize()
+    if tokens <= REFERENCE_TOKENS:
+        expected = reference(torch, layer, experts, call)
+        largest = float(expected.abs().max())
+        for path, output in outputs.items():
+            row[f"{path}_relative_difference"] = float((output.float() - expected).abs().max()) / largest
+    else:
+        first = outputs.get("wide")
+        for path, output in outputs.items():
+            if first is not None:
+                difference = float((output.float() - first.float()).abs().max())
+                row[f"{path}_difference_from_wide"] = difference / float(first.float().abs().max())
+    operations = 2.0 * tokens * (layer.top_k + layer.shared) * layer.matrices
+    row["times"] = {
+        name: {
             "us": asdict(time),
             "percent_of_floor": 100 * floor / time.median,
-            "tflops": 2e-6 * assignments * matrices / time.median,
-            "relative_difference": float((output.float() - expected).abs().max() / expected.abs().max()),
+            "tflops": 1e-6 * operations / time.median,
         }
-    if torch.cuda.get_device_capability() >= (9, 0):
-        row["torch_grouped_mm_us"] = asdict(machine.time(_grouped(torch, layer, x, logits, gates, gate_up, down)))
+        for name, time in machine.times(calls).items()
+    }
+    row["left_out"] = left_out
     return row
 
 
-def _grouped(torch: Any, layer: Layer, x: Any, logits: Any, gates: Any, gate_up: Any, down: Any) -> Callable[[], Any]:
-    """The same layer with torch._grouped_mm over sorted tokens; weights in our layout, read as they are."""
+def _peers(torch: Any, layer: Layer, call: Any, experts: Any) -> dict[str, Callable[[], Any] | str]:
+    from qwenforge.bench.moe_peers import peers
 
-    def call() -> Any:
-        tokens = x.shape[0]
-        weights, ids = torch.softmax(logits.float(), -1).topk(layer.top_k, -1)
-        if layer.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        if layer.shared:
-            extra = torch.arange(layer.experts, layer.experts + layer.shared, device="cuda").expand(tokens, -1)
-            ids = torch.cat([ids, extra], 1)
-            weights = torch.cat([weights, torch.sigmoid(gates.float()).expand(-1, layer.shared)], 1)
-        flat = ids.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.zeros(layer.experts + layer.shared, dtype=torch.int32, device="cuda")
-        counts.index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-        ends = counts.cumsum(0).to(torch.int32)
-        rows = x[order // ids.shape[1]]
-        both = torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
-        gate, up = both.view(-1, layer.width // 8, 2, 8).unbind(2)
-        active = (torch.nn.functional.silu(gate) * up).reshape(-1, layer.width)
-        partial = torch._grouped_mm(active, down.transpose(1, 2), offs=ends)
-        result = torch.zeros_like(x, dtype=torch.float32)
-        result.index_add_(0, order // ids.shape[1], partial.float() * weights.flatten()[order, None])
-        return result.to(x.dtype)
-
-    return call
+    found: dict[str, Callable[[], Any] | str] = {}
+    for name, peer in peers(torch, layer, call.hidden, call.logits, call.gates, experts.gate_up, experts.down).items():
+        if not isinstance(peer, str):
+            try:
+                peer()
+            except Exception as error:  # noqa: BLE001 - the reason goes into the report
+                found[name] = f"{type(error).__name__}: {error}"[:300]
+                continue
+        found[name] = peer
+    return found
 
 
-def attention_rows(machine: Machine, kernels: ctypes.CDLL) -> Iterator[dict[str, Any]]:
+def attention_rows(machine: Machine, kernels: Kernels) -> Iterator[dict[str, Any]]:
     """Decode with the heads of Qwen2-7B, one row a batch and length."""
     torch = machine.torch
     heads, kv_heads, size = 28, 4, 128
@@ -238,77 +222,126 @@ def attention_rows(machine: Machine, kernels: ctypes.CDLL) -> Iterator[dict[str,
             starts = torch.full((batch,), length - 1, dtype=torch.int32, device="cuda")
             output = torch.empty_like(query)
             shape = AttentionShape(batch, 1, length, length, heads, kv_heads, size, 0, 1 / math.sqrt(size))
-            bytes_needed = kernels.qwenforgeAttentionWorkspaceBytes(ctypes.byref(shape))
-            workspace = torch.empty(bytes_needed, dtype=torch.uint8, device="cuda")
-            tensors = _addresses([query, key, value, table, table, positions, starts, keys, values, output])
-
-            def ours(shape: Any = shape, tensors: Any = tensors, workspace: Any = workspace) -> None:
-                stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-                size, space = ctypes.c_size_t(workspace.numel()), ctypes.c_void_p(workspace.data_ptr())
-                _require(kernels.qwenforgeAttention(ctypes.byref(shape), 1, ctypes.byref(tensors), space, size, stream))
+            tensors = [query, key, value, table, table, positions, starts, keys, values, output]
+            ours = kernels.prepared_attention(shape, tensors)
 
             def sdpa(query: Any = query, keys: Any = keys, values: Any = values) -> Any:
                 split = query.view(query.shape[0], 1, heads, size).transpose(1, 2)
                 return torch.nn.functional.scaled_dot_product_attention(split, keys, values, enable_gqa=True)
 
-            floor = machine.floor(2.0 * 2 * keys.numel(), 4.0 * batch * heads * length * size)
-            time = machine.time(ours)
+            read, operations = 2.0 * 2 * keys.numel(), 4.0 * batch * heads * length * size
+            floor = 1e6 * max(read / machine.bandwidth, operations / machine.rate)
+            times = machine.times({"qwenforge": ours, "torch sdpa": sdpa})
             yield {
                 "batch": batch,
                 "length": length,
                 "floor_us": floor,
-                "qwenforge_us": asdict(time),
-                "percent_of_floor": 100 * floor / time.median,
-                "torch_sdpa_us": asdict(machine.time(sdpa)),
+                "times": {
+                    name: {"us": asdict(time), "percent_of_floor": 100 * floor / time.median}
+                    for name, time in times.items()
+                },
             }
 
 
-def _addresses(tensors: list[Any]) -> Any:
-    """The struct of pointers that the kernels take."""
-    return (ctypes.c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+def kernels_for(torch: Any, library: Path) -> Kernels:
+    """The kernels on torch's current CUDA stream, with workspace from torch."""
+    return Kernels(
+        library,
+        lambda size: torch.empty(size, dtype=torch.int8, device="cuda"),
+        lambda: int(torch.cuda.current_stream().cuda_stream),
+    )
 
 
-def _require(status: int) -> None:
-    if status:
-        raise RuntimeError(f"the kernels returned CUDA error {status}")
+def require_gpu(nvcc: str | None) -> Any:
+    """torch, where there is a GPU and a compiler.
+
+    Raises:
+        SystemExit: with one sentence on stderr and code 1 where something is missing.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        missing: str | None = "torch is not installed"
+    else:
+        missing = None if torch.cuda.is_available() else "no NVIDIA GPU is visible"
+    if missing is None and nvcc is None:
+        missing = "nvcc is not on PATH: name it with --nvcc"
+    if missing is not None:
+        print(f"{Path(sys.argv[0]).name}: error: {missing}", file=sys.stderr)
+        raise SystemExit(1)
+    return torch
+
+
+def add_compiler_options(parser: argparse.ArgumentParser) -> None:
+    """--nvcc and --cutlass, which every script that builds the kernels takes."""
+    parser.add_argument("--nvcc", default=shutil.which("nvcc"), help="the CUDA compiler (default: the one on PATH)")
+    parser.add_argument(
+        "--cutlass", type=Path, metavar="FOLDER", help="CUTLASS's headers, for the grouped path (compiles for minutes)"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write; 1 where there is no GPU or no compiler."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--nvcc", default=shutil.which("nvcc"), help="the CUDA compiler (default: the one on PATH)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        epilog="example: python bench/kernels.py moe --types bf16,int4-128 --tokens 1,8 --json times.json",
+    )
+    parser.add_argument("part", nargs="?", choices=["moe", "attention", "all"], default="all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after every row")
+    parser.add_argument("--types", type=_names([kind.name for kind in KINDS]), default=KINDS, metavar="TYPE,...")
+    parser.add_argument("--layers", type=_names([layer.name for layer in LAYERS]), default=LAYERS, metavar="LAYER,...")
+    parser.add_argument("--tokens", type=_numbers, default=TOKENS, metavar="N,...")
+    parser.add_argument("--routing", type=_names(list(ROUTINGS)), default=ROUTINGS, metavar="uniform,skewed")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
+    add_compiler_options(parser)
     args = parser.parse_args(arguments)
-    try:
-        import torch
-    except ModuleNotFoundError:
-        print("bench/kernels.py: error: torch is not installed", file=sys.stderr)
-        return 1
-    if not torch.cuda.is_available() or args.nvcc is None:
-        missing = "no NVIDIA GPU is visible" if args.nvcc else "nvcc is not on PATH"
-        print(f"bench/kernels.py: error: {missing}", file=sys.stderr)
-        return 1
+    torch = require_gpu(args.nvcc)
+    kinds = [kind for kind in KINDS if kind in args.types or kind.name in args.types]
+    layers = [layer for layer in LAYERS if layer in args.layers or layer.name in args.layers]
     with tempfile.TemporaryDirectory() as folder:
-        kernels = build(args.nvcc, Path(folder))
-        machine = Machine(torch)
+        print("compiling", flush=True)
+        kernels = kernels_for(torch, build(args.nvcc, Path(folder), args.cutlass))
+        machine = Machine(torch, QUICK_ROUNDS if args.quick else ROUNDS)
         report: dict[str, Any] = {
             "gpu": machine.name,
+            "sm": machine.sm,
             "torch": torch.__version__,
+            "rounds": machine.rounds,
             "copy_bandwidth": machine.bandwidth,
             "bf16_rate": machine.rate,
-            "moe": [],
-            "attention": [],
         }
-        for part, rows in (
-            ("moe", moe_rows(machine, kernels, LAYERS)),
-            ("attention", attention_rows(machine, kernels)),
-        ):
-            for row in rows:
-                report[part].append(row)
-                print(part, json.dumps(row), flush=True)
-                if args.json is not None:
-                    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if args.part != "attention":
+            rows = moe_rows(machine, kernels, layers, kinds, args.tokens, args.routing)
+            _collect(report, "moe", rows, args.json)
+        if args.part != "moe":
+            _collect(report, "attention", attention_rows(machine, kernels), args.json)
     return 0
+
+
+def _collect(report: dict[str, Any], part: str, rows: Iterator[dict[str, Any]], target: Path | None) -> None:
+    report[part] = []
+    for row in rows:
+        report[part].append(row)
+        print(part, json.dumps(row), flush=True)
+        if target is not None:
+            partial = target.with_name(target.name + ".partial")
+            partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, target)
+
+
+def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

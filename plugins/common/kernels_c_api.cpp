@@ -1,14 +1,31 @@
 // The kernels as plain C functions, for tests and benchmarks that bring their own memory and stream. Element types are 0
-// for fp16 and 1 for bf16; the results are CUDA error codes.
+// for fp16 and 1 for bf16, paths those of MoePath; results are CUDA error codes.
 
 #include "attention/attention.h"
 #include "moe/moe.h"
 
+#include <cstdio>
+
 #define QWENFORGE_C_API extern "C" __attribute__((visibility("default")))
 
-QWENFORGE_C_API size_t qwenforgeMoeWorkspaceBytes(qwenforge::MoeShape const* shape)
+// Writes what is wrong with `shape` on the current device to `text`, nothing when it can be computed. 1 when it can.
+QWENFORGE_C_API int qwenforgeCheckMoe(qwenforge::MoeShape const* shape, char* text, size_t bytes)
 {
-    return qwenforge::moeWorkspaceBytes(*shape);
+    qwenforge::Message problem;
+    bool const good = qwenforge::checkMoe(*shape, qwenforge::currentSm(), problem);
+    std::snprintf(text, bytes, "%s", good ? "" : problem.text());
+    return good ? 1 : 0;
+}
+
+// The path that the table chooses on the current device.
+QWENFORGE_C_API int qwenforgeMoePath(qwenforge::MoeShape const* shape)
+{
+    return static_cast<int>(qwenforge::chosenPath(*shape, qwenforge::currentSm()));
+}
+
+QWENFORGE_C_API size_t qwenforgeMoeWorkspaceBytes(qwenforge::MoeShape const* shape, int path)
+{
+    return qwenforge::moeWorkspaceBytes(*shape, static_cast<qwenforge::MoePath>(path));
 }
 
 QWENFORGE_C_API int qwenforgeMoe(qwenforge::MoeShape const* shape, int type, qwenforge::MoeTensors const* tensors,

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwenforge.tensorrt_choice import LAYOUT_VERSION
-
 Array = npt.NDArray[Any]
-assert LAYOUT_VERSION == 1
 
+LAYOUT_VERSION = 1
+"""What the attribute ``layout_version`` of a graph with these weights says; both front ends refuse any other."""
 ROWS = 8
 """Rows of the gate, and then of up, that stand together."""
 ROW_GROUP = 65536

@@ -1,51 +1,55 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU and CUDA 13: builds the kernels, checks them on the device against float64, and times
-# them. Needs Python with pytest, numpy and torch, and nothing of qwenforge installed. Everything goes to $OUT (default:
-# build/gpu); $OUT/report.json sums it up, with the commit that was measured.
+# them beside their peers. Needs Python with pytest, numpy, ml_dtypes and torch, and nothing of qwenforge installed.
+# Everything goes to $OUT (default: build/gpu); $OUT/report.json sums it up, with the commit that was measured. Parts have
+# a time limit each and do not wait for the success of the ones before; in all it takes less than ten minutes.
 #
-#     OUT=results tests/gpu/run.sh            takes a few minutes
+#     OUT=results tests/gpu/run.sh
+#     OUT=results CUTLASS=.../cutlass/include tests/gpu/run.sh      with the grouped GEMM
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${OUT:-build/gpu}
 mkdir -p "$out"
 python=${PYTHON:-python3}
 
-nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader | tee "$out/gpu.txt" || exit 1
+if ! nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader > "$out/gpu.txt" 2> /dev/null; then
+    echo "tests/gpu/run.sh: error: no NVIDIA GPU is visible" >&2
+    exit 1
+fi
+cat "$out/gpu.txt"
 
-echo "== correctness on the device"
-QWENFORGE_KERNELS_ON=cuda PYTHONPATH=tests "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/kernels.xml" \
-    tests/plugins/test_moe_kernels.py tests/plugins/test_attention_kernels.py | tee "$out/kernels.txt"
-correct=${PIPESTATUS[0]}
+# The namespace qwenforge as far as the kernels' tests and benchmarks need it.
+mkdir -p "$out/python/qwenforge"
+ln -sfn "$PWD/plugins" "$PWD/bench" "$out/python/qwenforge/"
+export PYTHONPATH="$PWD/$out/python:$PWD/tests" PYTHONUNBUFFERED=1
+[[ $out == /* ]] && export PYTHONPATH="$out/python:$PWD/tests"
+: > "$out/parts.txt"
 
-echo "== races"
+# part NAME SECONDS COMMAND...: runs it for at most so long; its exit code and time go to parts.txt.
+part() {
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    echo "== $name"
+    timeout "$limit" "$@" 2>&1 | tee "$out/$name.txt"
+    echo "$name ${PIPESTATUS[0]} $((SECONDS - start))" >> "$out/parts.txt"
+}
+tests() {
+    # -P: the repository itself must not be where `import qwenforge` looks.
+    QWENFORGE_KERNELS_ON=cuda "$python" -P -m pytest -q -p no:cacheprovider -o addopts="--import-mode=importlib" "$@"
+}
+export -f tests
+export python
+
+# What says the most first: one shape of each kind on every path, from a build of half a minute.
+part first 120 bash -c 'tests -k "half and float16" tests/plugins/test_moe_kernels.py'
+part correctness 180 bash -c 'tests tests/plugins/test_moe_kernels.py tests/plugins/test_attention_kernels.py'
+part times 280 "$python" bench/kernels.py moe --quick --json "$out/times.json" ${CUTLASS:+--cutlass "$CUTLASS"}
+part attention 60 "$python" bench/kernels.py attention --quick --json "$out/attention.json"
 if command -v compute-sanitizer > /dev/null; then
-    QWENFORGE_KERNELS_ON=cuda QWENFORGE_SANITIZER=racecheck PYTHONPATH=tests "$python" -m pytest -q -p no:cacheprovider \
-        -k "outside_the_tensors" tests/plugins/test_moe_kernels.py tests/plugins/test_attention_kernels.py \
-        | tee "$out/races.txt"
-    races=${PIPESTATUS[0]}
+    part races 60 env QWENFORGE_SANITIZER=racecheck bash -c \
+        'tests -k outside_the_tensors tests/plugins/test_moe_kernels.py tests/plugins/test_attention_kernels.py'
 else
-    echo "compute-sanitizer is not installed: memcheck and racecheck did not run" | tee "$out/races.txt"
-    races=-1
+    echo "races -1 0" >> "$out/parts.txt" # compute-sanitizer is not installed: neither memcheck nor racecheck
 fi
 
-echo "== times"
-PYTHONPATH=. "$python" bench/kernels.py --json "$out/times.json" | tee "$out/times.txt"
-timed=${PIPESTATUS[0]}
-
-"$python" - "$out" "$correct" "$races" "$timed" <<'PY'
-import json, pathlib, subprocess, sys
-
-out = pathlib.Path(sys.argv[1])
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or "unknown"
-times = out / "times.json"
-report = {
-    "commit": commit,
-    "gpu": (out / "gpu.txt").read_text().strip(),
-    "exit_codes": {"correctness": int(sys.argv[2]), "racecheck": int(sys.argv[3]), "times": int(sys.argv[4])},
-    "correctness": (out / "kernels.txt").read_text().splitlines()[-1:],
-    "times": json.loads(times.read_text()) if times.is_file() else None,
-}
-(out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-print(json.dumps(report["exit_codes"]))
-PY
-exit $((correct != 0 || timed != 0))
+"$python" tests/gpu/summary.py "$out"

@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from qwenforge import op_spec, tensorrt_choice
 from qwenforge.plugins.moe.packing import (
+    LAYOUT_VERSION,
     ROW_GROUP,
     Expert,
     WeightType,
@@ -24,6 +26,11 @@ from qwenforge.plugins.moe.packing import (
 )
 
 RANDOM = np.random.default_rng(0)
+
+
+def test_layout_version_is_the_one_that_the_front_ends_take() -> None:
+    (attribute,) = (item for item in op_spec.load("moe").attributes if item.name == "layout_version")
+    assert LAYOUT_VERSION == tensorrt_choice.LAYOUT_VERSION == attribute.minimum == attribute.maximum
 
 
 def test_int8_bytes_lie_as_a_matrix_instruction_deals_them_out() -> None:
