@@ -1,0 +1,154 @@
+"""The DLPack binding, on a library of emulated kernels: the same bits as the tests' driver, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qwenforge.bench.kernel_library import PLUGINS, AttentionShape, Experts, KernelError, Kernels, Tensor
+from qwenforge.plugins.moe.packing import pack_float8, pack_int4, pack_int8
+from support import simt
+from support.plugin_library import cuda_folder
+from support.source_tree import ROOT
+
+WHY = simt.why_missing() or ("the emulator is tested without a GPU" if simt.ON_GPU else "")
+pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "-")
+
+TOKENS, HIDDEN, WIDTH, EXPERTS, SHARED, TOP_K = 6, 64, 128, 5, 2, 2
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
+    cuda = cuda_folder()
+    assert cuda is not None
+    sources = [*PLUGINS.glob("moe/*.cu"), *PLUGINS.glob("attention/*.cu"), PLUGINS / "common" / "kernels_c_api.cpp"]
+    sources += [PLUGINS / "moe" / "cutlass" / "grouped_missing.cpp", ROOT / "tests" / "cpp" / "cuda_stub.cpp"]
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DQWENFORGE_SIMT", f"-I{PLUGINS}"]
+    command += [f"-I{Path(simt.__file__).parent}", "-isystem", str(cuda / "include"), "-x", "c++"]
+    subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
+    return Kernels(library, lambda size: _aligned(size // 2 + 1).view(torch.int8))
+
+
+def _aligned(*size: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Uninitialized, at a multiple of 256 bytes, as CUDA's memory is."""
+    count = int(np.prod(size))
+    space = torch.empty(count * dtype.itemsize + 256, dtype=torch.uint8)
+    start = -space.data_ptr() % 256
+    return space[start : start + count * dtype.itemsize].view(dtype).view(size)
+
+
+def _placed(values: Any) -> torch.Tensor:
+    given = torch.as_tensor(values)
+    return _aligned(*given.shape, dtype=given.dtype).copy_(given)
+
+
+def _draw(*size: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(size))
+    return _placed((torch.randn(size, generator=generator) * 0.5).to(dtype))
+
+
+def _experts(weight_type: str, dtype: torch.dtype) -> Experts:
+    stored = EXPERTS + SHARED
+    gate_up, down = _draw(stored, 2 * WIDTH, HIDDEN, dtype=dtype), _draw(stored, HIDDEN, WIDTH, dtype=dtype)
+    experts = Experts(gate_up, down, EXPERTS, TOP_K, SHARED, True, weight_type=weight_type)
+    if weight_type == "float":
+        return experts
+    pack = {"int8": pack_int8, "int4": lambda weight: pack_int4(weight, 64), "fp8": pack_float8}[weight_type]
+    first, second = (pack(matrix.float().numpy()) for matrix in (gate_up, down))
+    return replace(
+        experts,
+        gate_up=_placed(first[0]),
+        down=_placed(second[0]),
+        gate_up_scales=_placed(first[1]),
+        down_scales=_placed(second[1]),
+        activation_scales=_placed(np.full(1 + stored, 0.02, np.float32)) if weight_type == "fp8" else None,
+        group_size=64 if weight_type == "int4" else 65536,
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "dtype"),
+    [
+        ("float", torch.float16),
+        ("float", torch.bfloat16),
+        ("int8", torch.bfloat16),
+        ("int4", torch.float16),
+        ("fp8", torch.float16),
+    ],
+)
+def test_experts_are_called_as_the_driver_calls_them(weight_type: str, dtype: torch.dtype, kernels: Kernels) -> None:
+    experts = _experts(weight_type, dtype)
+    hidden, logits = _draw(TOKENS, HIDDEN, dtype=dtype), _draw(TOKENS, EXPERTS, dtype=dtype)
+    gates, output = _draw(TOKENS, 1, dtype=dtype), _draw(TOKENS, HIDDEN, dtype=dtype)
+    kernels.moe(hidden, logits, experts, output, gates, path="sixteen")
+    kind = ["float", "int8", "int4", "fp8"].index(weight_type)
+    numbers = [TOKENS, HIDDEN, WIDTH, EXPERTS, 0, EXPERTS, SHARED, TOP_K, 1, kind, experts.group_size, 2]
+    tensors = [hidden, logits, experts.gate_up, experts.down, gates]
+    tensors += [experts.gate_up_scales, experts.down_scales] if kind else []
+    tensors += [experts.activation_scales] if weight_type == "fp8" else []
+    raw = simt.run("moe", str(dtype).removeprefix("torch."), numbers, [t.view(torch.uint8).numpy() for t in tensors])
+    assert output.view(torch.uint8).numpy().tobytes() == raw
+    assert kernels.moe_path(hidden, logits, experts, output, gates) == "eight"
+
+
+def test_attention_is_called_as_the_driver_calls_it(kernels: Kernels) -> None:
+    batch, capacity, heads, kv_heads, size = 2, 16, 4, 2, 8
+    floats = [_draw(batch, 1, heads * size), *(_draw(batch, 1, kv_heads * size) for _ in range(2))]
+    floats += [_draw(capacity, size // 2), _draw(capacity, size // 2)]
+    integers = [_placed(np.array([[3], [7]], np.int32)), _placed(np.array([3, 7], np.int32))]
+    caches = [_draw(batch, kv_heads, capacity, size) for _ in range(2)]
+    numbers = [batch, 1, capacity, capacity, heads, kv_heads, size, 0, 0.25]
+    raw = simt.run("attention", "float16", numbers, [t.numpy() for t in [*floats, *integers, *caches]])
+    output = _draw(batch, 1, heads * size)
+    shape = AttentionShape(batch, 1, capacity, capacity, heads, kv_heads, size, 0, 0.25)
+    kernels.prepared_attention(shape, [*floats, *integers, *caches, output])()
+    assert b"".join(tensor.numpy().tobytes() for tensor in (output, *caches)) == raw
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"logits": _draw(TOKENS, EXPERTS + 1)}, r"logits is float16 \[6, 6\], not float16 \[6, 5\]"),
+        ({"output": _draw(TOKENS, HIDDEN, dtype=torch.bfloat16)}, r"output is bfloat16 \[6, 64\], not float16"),
+        ({"gates": None}, "gates is a NoneType, which has no __dlpack__"),
+        ({"hidden": _draw(HIDDEN, TOKENS).T}, "hidden is not contiguous: call .contiguous"),
+        ({"hidden": _draw(TOKENS, HIDDEN).double()}, "hidden is of a type that the kernels do not know"),
+        ({"path": "grouped"}, r"the kernels \(grouped\) returned CUDA error 801"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], sentence: str, kernels: Kernels) -> None:
+    arguments: dict[str, Any] = {
+        "hidden": _draw(TOKENS, HIDDEN),
+        "logits": _draw(TOKENS, EXPERTS),
+        "experts": _experts("float", torch.float16),
+        "output": _draw(TOKENS, HIDDEN),
+        "gates": _draw(TOKENS, 1),
+    }
+    with pytest.raises(KernelError, match=sentence):
+        kernels.moe(**{**arguments, **change})
+
+
+def test_shape_that_the_kernels_refuse_is_named_by_them(kernels: Kernels) -> None:
+    experts = replace(_experts("int4", torch.float16), group_size=32)
+    groups = [
+        _placed(np.zeros((EXPERTS + SHARED, size // 32, rows), np.float16)) for size, rows in ((64, 256), (128, 64))
+    ]
+    experts = replace(experts, gate_up_scales=groups[0], down_scales=groups[1])
+    tokens = _draw(TOKENS, HIDDEN)
+    with pytest.raises(KernelError, match="group_size is 32: INT4 weights have scales for 64 or 128 columns"):
+        kernels.moe(tokens, _draw(TOKENS, EXPERTS), experts, _draw(TOKENS, HIDDEN), _draw(TOKENS, 1))
+
+
+def test_tensors_are_read_where_they_are() -> None:
+    values = torch.arange(24, dtype=torch.int32).view(2, 12)
+    found = Tensor.of("values", values[1:])
+    assert (found.address, found.shape, found.element) == (values[1:].data_ptr(), (1, 12), "int32")
+    found = Tensor.of("values", np.zeros((3, 4), np.float32))
+    assert (found.shape, found.element) == ((3, 4), "float32")
