@@ -204,7 +204,7 @@ class Kernels:
     def moe_path(self, hidden: Any, logits: Any, experts: Experts, output: Any, gates: Any = None) -> str:
         """The path that the table chooses."""
         shape, _, _ = _moe_arguments(hidden, logits, experts, output, gates)
-        return list(PATHS)[self._library.qwenforgeMoePath(ctypes.byref(shape))]
+        return list(PATHS)[int(self._library.qwenforgeMoePath(ctypes.byref(shape)))]
 
     def prepared_attention(self, shape: AttentionShape, tensors: Sequence[Any]) -> Callable[[], None]:
         """Attention: query, key, value, cos, sin, positions, starts, keys, values, output, as in op.yaml."""

@@ -91,7 +91,8 @@ def table_line(sm: int, weight_type: str, thresholds: Thresholds, source: str) -
 
 def samples_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Sample]]:
     """By weight type, from the rows of bench/kernels.py; peers' times are left out."""
-    layers, kinds = ({item.name: item for item in items} for items in (LAYERS, KINDS))
+    layers = {layer.name: layer for layer in LAYERS}
+    kinds = {kind.name: kind for kind in KINDS}
     found: dict[str, list[Sample]] = {weight_type: [] for weight_type in ENUMERATORS}
     for row in rows:
         if "times" not in row:
