@@ -5,6 +5,7 @@ Peers get the same weights; what they need in another order is made beforehand. 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -104,10 +105,9 @@ def _transformers(torch: Any, layer: Layer, name: str, x: Any, rows: Any, down: 
 
 
 def _triton(x: Any, rows: Any, down: Any, routed: Callable[[], Any]) -> Peer:
-    try:
-        from qwenforge.bench.triton_moe import fused_experts
-    except ImportError as error:
-        return f"triton is not installed: {error}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from qwenforge.bench.triton_moe import fused_experts
 
     def call() -> Any:
         ids, weights = routed()

@@ -7,6 +7,7 @@
 #include "common/tensorrt.h"
 #include "moe_spec.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -148,7 +149,7 @@ inline int64_t bytesOf(nvinfer1::PluginTensorDesc const& tensor)
     return count;
 }
 
-// Zeroed memory for the tensors of a call; an output that aliases an input has its address.
+// Memory for the tensors of a call, zeros and, where there are scales in fp32, ones; an output that aliases an input has its address.
 struct Memory
 {
     std::vector<std::unique_ptr<char, void (*)(void*)>> blocks;
@@ -166,6 +167,10 @@ struct Memory
                 std::abort();
             }
             std::memset(address, 0, bytes);
+            if (tensors[static_cast<size_t>(i)].type == nvinfer1::DataType::kFLOAT)
+            {
+                std::fill_n(static_cast<float*>(address), bytes / sizeof(float), 1.0F);
+            }
             blocks.emplace_back(static_cast<char*>(address), std::free);
             if (i < subject.inputs())
             {

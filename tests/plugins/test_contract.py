@@ -52,6 +52,7 @@ def linked(folder: Path) -> Path:
     """The checks with the plugins' sources, kernels emulated, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     plugins = ROOT / "plugins"
     sources = [*plugins.glob("*/*_plugin.cpp"), *plugins.glob("*/*_op.cpp"), CPP / "cuda_stub.cpp"]
+    sources.append(plugins / "moe" / "cutlass" / "grouped_missing.cpp")
     sources += [path for path in (plugins / "common").glob("*.cpp") if path.name != "kernels_c_api.cpp"]
     kernels = [*map(str, plugins.glob("moe/*.cu")), str(plugins / "attention" / "attention.cu")]
     flags = ["-DLINKED", "-DQWENFORGE_SIMT", '-DQWENFORGE_VERSION="0"', f"-I{CPP.parent / 'support' / 'simt'}"]

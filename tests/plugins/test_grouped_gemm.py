@@ -176,7 +176,7 @@ def test_library_without_cutlass_says_so(option: str, words: str, tmp_path: Path
     configured = cmake("--preset", "plugins", "-B", tmp_path, option)
     assert configured.returncode == 0 and words in configured.stdout, configured.stdout + configured.stderr
     targets = cmake("--build", tmp_path, "--", "-t", "targets", "all").stdout
-    assert "sm90" not in targets and re.findall(r"moe/cutlass/(\S+)\.o:", targets) == ["grouped_missing.cpp"]
+    assert set(re.findall(r"moe/cutlass/(\S+)\.o:", targets)) == {"grouped_missing.cpp"}
     missing = "plugins/CMakeFiles/qwenforge_plugins.dir/moe/cutlass/grouped_missing.cpp.o"
     assert cmake("--build", tmp_path, "--target", missing).returncode == 0
 

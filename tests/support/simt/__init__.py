@@ -68,7 +68,8 @@ def run(
     Raises:
         KernelError: the process did not end well; its last words are in the message.
     """
-    program = str(_driver(checked and not ON_GPU, sources, only))
+    part = 0 if op == "attention" else only
+    program = str(_driver(checked and not ON_GPU, sources, None if ON_GPU else part))
     command = [program, str(schedule), op, dtype, *(repr(float(number)) for number in numbers)]
     if ON_GPU and checked:
         command = ["compute-sanitizer", "--tool", _SANITIZER, "--error-exitcode", "99", "--quiet", *command]
