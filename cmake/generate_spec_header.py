@@ -200,7 +200,8 @@ def _tensor(tensor: Tensor, spec: OpSpec) -> str:
         present = _function("bool", f"{cpp_expression(tensor.present_if, spec)} != 0")
     aliases = "-1" if tensor.aliases is None else f"Input::{_constant(tensor.aliases)}"
     name = _constant(tensor.name)[1:]
-    return f"{{{_text(tensor.name)}, kTypeOf{name}, {chosen}, kShapeOf{name}, {len(tensor.shape)}, {present}, {aliases}}}"
+    shape = f"kShapeOf{name}, {len(tensor.shape)}"
+    return f"{{{_text(tensor.name)}, kTypeOf{name}, {chosen}, {shape}, {present}, {aliases}}}"
 
 
 def _function(result: str, body: str) -> str:

@@ -10,6 +10,9 @@
 #pragma once
 
 #include "common/device.cuh"
+#ifdef QWENFORGE_SIMT
+#include "matrices.h"
+#endif
 
 namespace qwenforge
 {

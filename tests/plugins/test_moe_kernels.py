@@ -243,6 +243,13 @@ def test_experts_agree_with_float64(name: str, path: str, dtype: str) -> None:
     assert _error(_run(shape, inputs, dtype), _reference(shape, inputs)) < DTYPES[dtype][1]
 
 
+@pytest.mark.parametrize("path", list(PATHS))
+def test_tokens_behind_a_chunk_are_the_next_chunk(path: str) -> None:
+    shape = Shape(tokens=2050, hidden=16, width=8, experts=3, top_k=1, shared=1, path=PATHS[path])
+    inputs = Inputs.random(shape, torch.float16, seed=8)
+    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < FLOAT16
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", TILED)
 @pytest.mark.parametrize("weights", PACKED)

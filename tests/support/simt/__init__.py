@@ -32,6 +32,7 @@ _CHECKED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 ON_GPU = os.environ.get("QWENFORGE_KERNELS_ON") == "cuda"
 """Whether the kernels run on the GPU and not in the emulator."""
 _SANITIZER = os.environ.get("QWENFORGE_SANITIZER", "memcheck")
+"""compute-sanitizer's tool for checked runs on a GPU; ``none`` where it does not work."""
 
 
 class KernelError(Exception):
@@ -71,7 +72,7 @@ def run(
     part = 0 if op == "attention" else only
     program = str(_driver(checked and not ON_GPU, sources, None if ON_GPU else part))
     command = [program, str(schedule), op, dtype, *(repr(float(number)) for number in numbers)]
-    if ON_GPU and checked:
+    if ON_GPU and checked and _SANITIZER != "none":
         command = ["compute-sanitizer", "--tool", _SANITIZER, "--error-exitcode", "99", "--quiet", *command]
     data = b"".join(np.ascontiguousarray(tensor).tobytes() for tensor in tensors)
     finished = subprocess.run(command, input=data, capture_output=True, check=False, timeout=300)
@@ -109,7 +110,7 @@ def _driver(checked: bool, sources: Path | None, only: int | None) -> Path:
         command += [f"-I{folder}", f"-I{_HERE}", "-isystem", str(cuda / "include"), *(_CHECKED if checked else ())]
     if only is not None:
         command += [f"-DDRIVER_ONLY={only}", "-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
-    contents = [path.read_bytes() for path in [*files, _HERE / "simt.h", _HERE / "driver.cpp"]]
+    contents = [path.read_bytes() for path in [*files, *sorted(_HERE.glob("*.h")), _HERE / "driver.cpp"]]
     digest = hashlib.sha256(b"".join([*(part.encode() for part in command[1:] if str(folder) not in part), *contents]))
     program = place / f"{kind}-{digest.hexdigest()[:16]}"
     with (place / "lock").open("w") as lock:

@@ -21,6 +21,8 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime_api.h>
 
+#include "stack.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -40,76 +42,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// simtSwitch(save, load) goes on where the stack `load` was left, and leaves the current one in `save`. The C library's
-// swapcontext does the same with two system calls a time, which is most of an emulated kernel's time.
-#if defined(__x86_64__)
-extern "C" void simtSwitch(void** save, void* load);
-asm(R"(
-.text
-.weak simtSwitch
-.type simtSwitch, @function
-simtSwitch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-.size simtSwitch, .-simtSwitch
-.section .note.GNU-stack, "", @progbits
-.text
-)");
-#else
-#include <ucontext.h>
-#endif
-
 namespace simt
 {
-
-// A stack that was left, and what goes on with it.
-#if defined(__x86_64__)
-using Context = void*;
-
-inline void startContext(Context& context, char* stack, size_t bytes, void (*function)())
-{
-    // What simtSwitch pops: six registers, and the address it returns to; then the stack is as after a call.
-    auto const top = reinterpret_cast<uintptr_t>(stack + bytes) / 16 * 16;
-    auto* const slots = reinterpret_cast<void**>(top) - 8;
-    std::fill(slots, slots + 8, nullptr);
-    slots[6] = reinterpret_cast<void*>(function);
-    context = slots;
-}
-
-inline void switchContext(Context& save, Context& load)
-{
-    simtSwitch(&save, load);
-}
-#else
-using Context = ucontext_t;
-
-inline void startContext(Context& context, char* stack, size_t bytes, void (*function)())
-{
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = bytes;
-    context.uc_link = nullptr;
-    makecontext(&context, function, 0);
-}
-
-inline void switchContext(Context& save, Context& load)
-{
-    swapcontext(&save, &load);
-}
-#endif
 
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 256 * 1024;
@@ -442,84 +376,6 @@ T& shared(char const* place)
         bytes.assign(sizeof(T), 0xff);
     }
     return *reinterpret_cast<T*>(bytes.data());
-}
-
-inline void copyAsync(void* to, void const* from, size_t bytes, bool valid)
-{
-    if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (valid && reinterpret_cast<uintptr_t>(from) % bytes != 0))
-    {
-        fail("an asynchronous copy is not aligned");
-    }
-    block()->fibers[static_cast<size_t>(block()->current)].newCopies.push_back({to, from, bytes, valid});
-}
-
-inline void commitCopies()
-{
-    Fiber& fiber = block()->fibers[static_cast<size_t>(block()->current)];
-    fiber.copyGroups.push_back(std::move(fiber.newCopies));
-    fiber.newCopies.clear();
-}
-
-inline void waitForCopies(size_t pending)
-{
-    Fiber& fiber = block()->fibers[static_cast<size_t>(block()->current)];
-    for (; fiber.copyGroups.size() > pending; fiber.copyGroups.pop_front())
-    {
-        for (Copy const& copy : fiber.copyGroups.front())
-        {
-            copy.valid ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
-        }
-    }
-}
-
-// ldmatrix.x4: the address of row l % 8 of matrix l / 8 comes from lane l; of each matrix a lane gets two elements.
-inline void loadMatrices(uint32_t (&registers)[4], void const* row)
-{
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
-    {
-        fail("a row of a matrix is not aligned");
-    }
-    auto const* const slots = gather(0xffffffffu, row, "ldmatrix");
-    int const lane = block()->current % kLanes;
-    for (int matrix = 0; matrix < 4; ++matrix)
-    {
-        auto const* const bytes = static_cast<unsigned char const*>(operandOf<void const*>(slots, 8 * matrix + lane / 4));
-        std::memcpy(&registers[matrix], bytes + 4 * (lane % 4), 4);
-    }
-}
-
-// mma.m16n8k16, and for elements of 8 bits m16n8k32, by PTX's tables of fragments.
-template <typename T, int kDepth>
-void multiplyAdd(float (&sums)[4], uint32_t const (&a)[4], uint32_t const (&b)[2])
-{
-    constexpr int kHalf = kDepth / 2;        // columns of registers 0 and 1 of A, rows of register 0 of B
-    constexpr int kEach = 4 / sizeof(T);     // elements of a register
-    struct Operands
-    {
-        float a[4][kEach];
-        float b[2][kEach];
-    };
-    Operands own;
-    for (int i = 0; i < 6; ++i)
-    {
-        T elements[kEach];
-        std::memcpy(static_cast<void*>(elements), i < 4 ? &a[i] : &b[i - 4], sizeof(elements));
-        std::transform(elements, elements + kEach, i < 4 ? own.a[i] : own.b[i - 4],
-            [](T element) { return static_cast<float>(element); });
-    }
-    auto const* const slots = gather(0xffffffffu, own, "mma");
-    int const lane = block()->current % kLanes;
-    for (int i = 0; i < 4; ++i)
-    {
-        int const row = lane / 4 + i / 2 * 8;
-        int const column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < kDepth; ++k)
-        {
-            auto const& left = operandAt<Operands>(slots, row % 8 * 4 + k % kHalf / kEach);
-            auto const& right = operandAt<Operands>(slots, column * 4 + k % kHalf / kEach);
-            sums[i] += left.a[row / 8 + k / kHalf * 2][k % kEach] * right.b[k / kHalf][k % kEach];
-        }
-    }
 }
 
 inline uint3 threadIndex()
