@@ -25,6 +25,12 @@ struct SharedType
 #define QWENFORGE_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #endif
 
+// What the emulator's sanitizer is told about the parts of a workspace; nothing elsewhere.
+#ifndef QWENFORGE_FORBID
+#define QWENFORGE_FORBID(address, bytes)
+#define QWENFORGE_ALLOW(address, bytes)
+#endif
+
 #include <cstdint>
 
 namespace qwenforge

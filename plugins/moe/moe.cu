@@ -92,12 +92,21 @@ struct Workspace
     }
 
 private:
+    // Between two parts there is always something that belongs to neither, so that a sanitizer notices who goes too far.
     template <typename T>
     T* take(void* base, int64_t count) noexcept
     {
         size_t const offset = bytes;
-        bytes += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-        return base == nullptr ? nullptr : reinterpret_cast<T*>(static_cast<unsigned char*>(base) + offset);
+        size_t const used = static_cast<size_t>(count) * sizeof(T);
+        bytes += (used / kAlignment + 1) * kAlignment;
+        if (base == nullptr)
+        {
+            return nullptr;
+        }
+        unsigned char* const part = static_cast<unsigned char*>(base) + offset;
+        QWENFORGE_ALLOW(part, used);
+        QWENFORGE_FORBID(part + used, bytes - offset - used);
+        return reinterpret_cast<T*>(part);
     }
 };
 

@@ -113,6 +113,16 @@ def test_attention_is_called_as_the_driver_calls_it(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize(
+    ("tokens", "path"), [(1, "eight"), (8, "eight"), (9, "sixteen"), (28, "sixteen"), (29, "wide"), (5000, "wide")]
+)
+def test_path_follows_the_table(tokens: int, path: str, kernels: Kernels) -> None:
+    """Up to 8 tokens; then 16 pairs of each of 7 stored experts, of which a token has 4."""
+    experts = _experts("float", torch.float16)
+    hidden, logits, gates = _draw(tokens, HIDDEN), _draw(tokens, EXPERTS), _draw(tokens, 1)
+    assert kernels.moe_path(hidden, logits, experts, _draw(tokens, HIDDEN), gates) == path
+
+
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"logits": _draw(TOKENS, EXPERTS + 1)}, r"logits is float16 \[6, 6\], not float16 \[6, 5\]"),

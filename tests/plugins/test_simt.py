@@ -92,6 +92,12 @@ BUGS = {
         "if (false && pair",
     ),
     "last tile forgotten": ("many pairs", ROUTING, "firstTile + ownTiles;", "firstTile + ownTiles - 1;"),
+    "pairs behind the last are counted": (
+        "many pairs",
+        ROUTING,
+        "threadIdx.x); pair < pairs;",
+        "threadIdx.x); pair <= pairs;",
+    ),
     "the last slot forgotten": (
         "narrow",
         ROUTING,
@@ -141,6 +147,7 @@ BUGS = {
         f"            if (row < tile.pairs)\n            {{\n{_PLACE} * product.rows",
         f"            if (true)\n            {{\n{_PLACE} * product.rows",
     ),
+    "another slice writes too": ("narrow", EXPERTS, "    if (warp >= L::kRowWarps)", "    if (warp > L::kRowWarps)"),
     "slices' memory taken while stages are read": (
         "eight",
         EXPERTS,

@@ -4,7 +4,7 @@
 // __syncthreads for the whole block, at a warp's collective (__shfl_xor_sync, __ballot_sync, ...) for the lanes in its
 // mask. In which order waiting fibers go on is decided by simt::schedule(): 0 is thread 0 first, 1 the last thread first,
 // 2 and 3 the same with every warp going on as far as it can before the next one gets a turn, every other number a shuffled
-// order of its own. A kernel without races computes the same bits in all of them.
+// order of its own; under 1 and 3 the last block comes first. A kernel without races computes the same bits in all of them.
 //
 // It stops the process, with a sentence on stderr, where a GPU would hang or do something undefined: lanes that meet in
 // different collectives, a lane outside its own mask, a barrier or a collective that some threads never reach.
@@ -39,6 +39,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -353,15 +354,14 @@ inline void launch(dim3 grid, dim3 size, std::function<void()> body)
     {
         std::reverse(order.begin(), order.end());
     }
-    for (b.index.z = 0; b.index.z < grid.z; ++b.index.z)
+    // Blocks one after the other, under the schedules that begin with the last thread from the last one on.
+    bool const isReversed = schedule() == 1 || schedule() == 3;
+    unsigned const blocks = grid.x * grid.y * grid.z;
+    for (unsigned i = 0; i < blocks; ++i)
     {
-        for (b.index.y = 0; b.index.y < grid.y; ++b.index.y)
-        {
-            for (b.index.x = 0; b.index.x < grid.x; ++b.index.x)
-            {
-                runBlock(b, order, random);
-            }
-        }
+        unsigned const number = isReversed ? blocks - 1 - i : i;
+        b.index = {number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
+        runBlock(b, order, random);
     }
     block() = nullptr;
 }
@@ -405,6 +405,11 @@ inline uint3 threadIndex()
 #define SIMT_TEXT(value) SIMT_TEXT_OF(value)
 #define QWENFORGE_SHARED(name, ...) \
     auto& name = simt::shared<typename qwenforge::SharedType<__VA_ARGS__>::Type>(__FILE__ ":" SIMT_TEXT(__LINE__))
+// Bytes of a workspace that no kernel may touch, and bytes that it may.
+#if defined(__SANITIZE_ADDRESS__)
+#define QWENFORGE_FORBID(address, bytes) __asan_poison_memory_region(address, bytes)
+#define QWENFORGE_ALLOW(address, bytes) __asan_unpoison_memory_region(address, bytes)
+#endif
 #define QWENFORGE_LAUNCH(kernel, grid, block, stream, ...) \
     (static_cast<void>(stream), simt::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
 
