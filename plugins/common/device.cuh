@@ -23,6 +23,17 @@ struct SharedType
 #include <cuda_runtime_api.h>
 #define QWENFORGE_SHARED(name, ...) __shared__ typename qwenforge::SharedType<__VA_ARGS__>::Type name
 #define QWENFORGE_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+// Kernels whose shared memory is too large to be declared: QWENFORGE_DYNAMIC is its address. A kernel has to be allowed it
+// on each device, which is cheap and no work of a stream; the result is a CUDA error.
+#define QWENFORGE_ALLOW_SHARED(kernel, bytes) \
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))
+#define QWENFORGE_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+    kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
+#define QWENFORGE_DYNAMIC qwenforge::dynamicShared
+namespace qwenforge
+{
+extern __shared__ __align__(16) unsigned char dynamicShared[];
+} // namespace qwenforge
 #endif
 
 // What the emulator's sanitizer is told about the parts of a workspace; nothing elsewhere.
@@ -73,6 +84,16 @@ __device__ __forceinline__ __nv_fp8_e4m3 fromFloat<__nv_fp8_e4m3>(float value)
     float const finite = value - value == 0.0f ? value : NAN;
     result.__x = __nv_cvt_float_to_fp8(finite, __NV_SATFINITE, __NV_E4M3);
     return result;
+}
+
+// `value` itself, which the compiler takes for a new one: in a loop, what follows from it is computed again each time
+// instead of being kept in registers.
+__device__ __forceinline__ int32_t recomputed(int32_t value)
+{
+#ifndef QWENFORGE_SIMT
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
 }
 
 // Eight elements of 16 bits, read or written in one access; its address is a multiple of 16 bytes.

@@ -40,6 +40,11 @@ inline void loadMatrices(uint32_t (&registers)[4], void const* row)
     simt::loadMatrices(registers, row);
 }
 
+inline void loadTransposed(uint32_t (&registers)[4], void const* row)
+{
+    simt::loadMatrices(registers, row, /*isTransposed=*/true);
+}
+
 inline void copyAsync16(void* to, void const* from, bool valid)
 {
     simt::copyAsync(to, from, 16, valid);
@@ -100,6 +105,16 @@ __device__ __forceinline__ void loadMatrices(uint32_t (&registers)[4], void cons
 {
     auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// The same, but of each matrix a lane gets the elements of rows 2t and 2t + 1 in column g.
+__device__ __forceinline__ void loadTransposed(uint32_t (&registers)[4], void const* row)
+{
+    auto const address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
                  : "r"(address)
                  : "memory");

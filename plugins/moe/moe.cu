@@ -32,19 +32,6 @@ int64_t mostTiles(int64_t pairs, int64_t experts, int32_t tileTokens) noexcept
     return pairs / tileTokens + (pairs < experts ? pairs : experts);
 }
 
-int32_t multiprocessors() noexcept
-{
-    int device = 0;
-    int count = 0;
-    if (cudaGetDevice(&device) != cudaSuccess
-        || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    {
-        static_cast<void>(cudaGetLastError());
-        return 0;
-    }
-    return count;
-}
-
 // The workspace of one chunk. Where `base` is null only the size counts.
 struct Workspace
 {
@@ -266,21 +253,6 @@ cudaError_t launchChunk(MoeShape const& shape, MoeTensors const& tensors, int64_
 }
 
 } // namespace
-
-int32_t currentSm()
-{
-    int device = 0;
-    int major = 0;
-    int minor = 0;
-    if (cudaGetDevice(&device) != cudaSuccess
-        || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess
-        || cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-    {
-        static_cast<void>(cudaGetLastError()); // or a later launch would report it
-        return 0;
-    }
-    return 10 * major + minor;
-}
 
 MoePath chosenPath(MoeShape const& shape, int32_t sm)
 {

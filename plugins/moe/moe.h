@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "common/current_device.h"
 #include "common/element_type.h"
 #include "common/message.h"
 
@@ -63,9 +64,6 @@ enum class MoePath : int32_t
     kWide = 3,    // tiles of 64 tokens, with INT4 and FP8 weights of 48
     kGrouped = 4, // CUTLASS's grouped GEMM: SM 90, kFloat weights; only in a library built with CUTLASS
 };
-
-// The compute capability of the current device, 90 for 9.0; 0 where there is none.
-int32_t currentSm();
 
 // What the table says: never kTable, and a path that this library has. Of a shape with more than 2048 tokens, for those.
 MoePath chosenPath(MoeShape const& shape, int32_t sm);

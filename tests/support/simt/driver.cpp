@@ -5,7 +5,7 @@
 //
 //   moe        T C I E first El Es K normalize weights group path
 //                              hidden logits gateUp down [sharedGate] [gateUpScales downScales [activationScales]] -> output
-//   attention  B S M P Hq Hk D window scale  query key value cos sin positions starts keys values      -> output keys values
+//   attention  as attention_driver.h says
 
 // DRIVER_ONLY leaves out the others, to compile faster: 0 attention, 1 + WeightType the experts with such weights.
 #ifdef DRIVER_ONLY
@@ -16,6 +16,8 @@
 
 #if DRIVER_HAS(0)
 #include "attention/attention.cu"
+#include "attention/split.cu"
+#include "attention/tiled.cu"
 #endif
 #include "moe/moe.cu"
 #if DRIVER_HAS(1)
@@ -267,61 +269,15 @@ cudaError_t runMoe(std::vector<double> const& n, qwenforge::ElementType type)
     return error;
 }
 
-#if !DRIVER_HAS(0)
+#if DRIVER_HAS(0)
+#include "attention_driver.h"
+#else
 cudaError_t runAttention(std::vector<double> const&, qwenforge::ElementType)
 {
     stop("compiled without attention");
 }
-#else
-cudaError_t runAttention(std::vector<double> const& n, qwenforge::ElementType type)
-{
-    qwenforge::AttentionShape shape{};
-    shape.batch = static_cast<int64_t>(n[0]);
-    shape.sequence = static_cast<int64_t>(n[1]);
-    shape.capacity = static_cast<int64_t>(n[2]);
-    shape.positions = static_cast<int64_t>(n[3]);
-    shape.numHeads = static_cast<int32_t>(n[4]);
-    shape.numKeyValueHeads = static_cast<int32_t>(n[5]);
-    shape.headSize = static_cast<int32_t>(n[6]);
-    shape.slidingWindow = static_cast<int32_t>(n[7]);
-    shape.scale = static_cast<float>(n[8]);
-    int64_t const tokens = shape.batch * shape.sequence;
-    int64_t const queries = kElement * tokens * shape.numHeads * shape.headSize;
-    int64_t const keys = kElement * tokens * shape.numKeyValueHeads * shape.headSize;
-    int64_t const cache = kElement * shape.batch * shape.numKeyValueHeads * shape.capacity * shape.headSize;
-    int64_t const table = kElement * shape.positions * shape.headSize / 2;
-    Buffer const query = read(queries);
-    Buffer const key = read(keys);
-    Buffer const value = read(keys);
-    Buffer const cos = read(table);
-    Buffer const sin = read(table);
-    Buffer const positions = read(4 * tokens);
-    Buffer const starts = read(4 * shape.batch);
-    Buffer const keyCache = read(cache);
-    Buffer const valueCache = read(cache);
-    Buffer const output = filled(static_cast<size_t>(queries));
-    size_t const bytes = qwenforge::attentionWorkspaceBytes(shape);
-    Buffer const workspace = filled(bytes);
-    qwenforge::AttentionTensors tensors{};
-    tensors.query = query.get();
-    tensors.key = key.get();
-    tensors.value = value.get();
-    tensors.cos = cos.get();
-    tensors.sin = sin.get();
-    tensors.positionIds = static_cast<int32_t const*>(positions.get());
-    tensors.cachePosition = static_cast<int32_t const*>(starts.get());
-    tensors.keyCache = keyCache.get();
-    tensors.valueCache = valueCache.get();
-    tensors.output = output.get();
-    cudaError_t const error
-        = completed(qwenforge::launchAttention(shape, type, tensors, workspace.get(), bytes, nullptr));
-    write(output, queries);
-    write(keyCache, cache);
-    write(valueCache, cache);
-    return error;
-}
-
 #endif
+constexpr size_t kAttentionNumbers = 16;
 
 } // namespace
 
@@ -339,7 +295,7 @@ int main(int argc, char** argv)
     bool const isHalf = std::strcmp(argv[3], "float16") == 0;
     auto const type = isHalf ? qwenforge::ElementType::kFloat16 : qwenforge::ElementType::kBFloat16;
     bool const isMoe = std::strcmp(argv[2], "moe") == 0;
-    if (numbers.size() != (isMoe ? 12 : 9))
+    if (numbers.size() != (isMoe ? 12 : kAttentionNumbers))
     {
         return 64;
     }

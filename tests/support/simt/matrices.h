@@ -35,19 +35,24 @@ inline void waitForCopies(size_t pending)
     }
 }
 
-// ldmatrix.x4: the address of row l % 8 of matrix l / 8 comes from lane l; of each matrix a lane gets two elements.
-inline void loadMatrices(uint32_t (&registers)[4], void const* row)
+// ldmatrix.x4: the address of row l % 8 of matrix l / 8 comes from lane l; of each matrix a lane gets two elements, of row
+// l / 4 in columns 2 (l % 4) and the next, or transposed, of column l / 4 in those rows.
+inline void loadMatrices(uint32_t (&registers)[4], void const* row, bool isTransposed = false)
 {
     if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
     {
         fail("a row of a matrix is not aligned");
     }
-    auto const* const slots = gather(0xffffffffu, row, "ldmatrix");
+    auto const* const slots = gather(0xffffffffu, row, isTransposed ? "ldmatrix.trans" : "ldmatrix");
     int const lane = block()->current % kLanes;
-    for (int matrix = 0; matrix < 4; ++matrix)
+    for (int element = 0; element < 8; ++element)
     {
-        auto const* const bytes = static_cast<unsigned char const*>(operandOf<void const*>(slots, 8 * matrix + lane / 4));
-        std::memcpy(&registers[matrix], bytes + 4 * (lane % 4), 4);
+        int const matrix = element / 2;
+        int const other = 2 * (lane % 4) + element % 2;
+        int const from = isTransposed ? other : lane / 4;
+        int const column = isTransposed ? lane / 4 : other;
+        auto const* const bytes = static_cast<unsigned char const*>(operandOf<void const*>(slots, 8 * matrix + from));
+        std::memcpy(reinterpret_cast<unsigned char*>(&registers[matrix]) + 2 * (element % 2), bytes + 2 * column, 2);
     }
 }
 

@@ -93,6 +93,15 @@ struct Gathering
     alignas(16) unsigned char slots[2][kLanes][kLargestOperand];
 };
 
+struct Free
+{
+    void operator()(void* memory) const
+    {
+        std::free(memory);
+    }
+};
+using Memory = std::unique_ptr<void, Free>;
+
 struct Block
 {
     dim3 size;
@@ -105,6 +114,8 @@ struct Block
     std::vector<Fiber> fibers;
     std::vector<Gathering> warps;
     std::map<std::string, std::vector<unsigned char>> shared;
+    size_t dynamicBytes = 0;
+    Memory dynamic;
     std::function<void()> body;
     Context scheduler;
     void const* schedulerStack = nullptr;
@@ -262,6 +273,15 @@ inline void startFibers(Block& b)
     b.atBarrier = b.done = 0;
     b.warps.assign(static_cast<size_t>((b.threads + kLanes - 1) / kLanes), Gathering{});
     b.shared.clear();
+    b.dynamic.reset(b.dynamicBytes == 0 ? nullptr : std::aligned_alloc(128, (b.dynamicBytes + 127) / 128 * 128));
+    if (b.dynamicBytes > 0)
+    {
+        std::memset(b.dynamic.get(), 0xff, b.dynamicBytes);
+#if defined(__SANITIZE_ADDRESS__)
+        size_t const allocated = (b.dynamicBytes + 127) / 128 * 128;
+        __asan_poison_memory_region(static_cast<char*>(b.dynamic.get()) + b.dynamicBytes, allocated - b.dynamicBytes);
+#endif
+    }
     for (int thread = 0; thread < b.threads; ++thread)
     {
         Fiber& fiber = b.fibers[static_cast<size_t>(thread)];
@@ -333,7 +353,7 @@ inline void runBlock(Block& b, std::vector<int>& order, std::mt19937& random)
 }
 
 // Runs all blocks of a grid; what the <<<>>> of CUDA does.
-inline void launch(dim3 grid, dim3 size, std::function<void()> body)
+inline void launch(dim3 grid, dim3 size, size_t dynamicBytes, std::function<void()> body)
 {
     if (grid.x * grid.y * grid.z == 0 || size.x * size.y * size.z == 0 || grid.y > 65535 || grid.z > 65535)
     {
@@ -346,6 +366,7 @@ inline void launch(dim3 grid, dim3 size, std::function<void()> body)
     b.threads = static_cast<int>(size.x * size.y * size.z);
     b.fibers.resize(static_cast<size_t>(b.threads));
     b.body = std::move(body);
+    b.dynamicBytes = dynamicBytes;
     block() = &b;
     std::mt19937 random(schedule());
     std::vector<int> order(static_cast<size_t>(b.threads));
@@ -411,7 +432,12 @@ inline uint3 threadIndex()
 #define QWENFORGE_ALLOW(address, bytes) __asan_unpoison_memory_region(address, bytes)
 #endif
 #define QWENFORGE_LAUNCH(kernel, grid, block, stream, ...) \
-    (static_cast<void>(stream), simt::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
+    (static_cast<void>(stream), simt::launch(grid, block, 0, [=] { kernel(__VA_ARGS__); }))
+#define QWENFORGE_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+    (static_cast<void>(stream), simt::launch(grid, block, bytes, [=] { kernel(__VA_ARGS__); }))
+// No block of any GPU of ours may have more than 99 KiB (SM 86, 89 and 120).
+#define QWENFORGE_ALLOW_SHARED(kernel, bytes) ((bytes) <= 99 * 1024 ? cudaSuccess : cudaErrorInvalidValue)
+#define QWENFORGE_DYNAMIC simt::block()->dynamic.get()
 
 inline void __syncthreads()
 {
