@@ -20,6 +20,7 @@ namespace attention
 constexpr int32_t kMaxHeadSize = 256;
 constexpr int32_t kAppendWarps = 8;
 constexpr int32_t kAppendThreads = kAppendWarps * kWarpSize;
+constexpr int32_t kAppendBlocks = 5; // of a multiprocessor, at the least
 constexpr int32_t kLaneChannels = 2; // that follow each other
 
 // The channels of a lane: [which 64 of the half][lower or upper half][2].
@@ -118,7 +119,7 @@ __device__ __forceinline__ bool seesItsPages(Call<kType, T> const& call, int64_t
 }
 
 template <CacheType kType, typename T>
-__global__ void __launch_bounds__(kAppendThreads) rotateAndAppend(Call<kType, T> call)
+__global__ void __launch_bounds__(kAppendThreads, kAppendBlocks) rotateAndAppend(Call<kType, T> call)
 {
     int32_t const vectors = call.heads + 2 * call.keyValueHeads;
     int64_t const index = static_cast<int64_t>(blockIdx.x) * kAppendWarps + static_cast<int32_t>(threadIdx.x) / kWarpSize;

@@ -45,7 +45,8 @@ Places placesOf(AttentionShape const& shape, int32_t const* pageTable) noexcept
 }
 
 template <CacheType kType, typename T>
-Call<kType, T> callOf(AttentionShape const& shape, AttentionTensors const& tensors, void* rotated) noexcept
+Call<kType, T> callOf(
+    AttentionShape const& shape, ElementType type, AttentionTensors const& tensors, void* rotated) noexcept
 {
     using Element = typename Call<kType, T>::Element;
     int64_t const keyValueWidth = static_cast<int64_t>(shape.numKeyValueHeads) * shape.headSize;
@@ -79,7 +80,8 @@ Call<kType, T> callOf(AttentionShape const& shape, AttentionTensors const& tenso
     call.keyCache = static_cast<Element*>(tensors.keyCache);
     call.valueCache = static_cast<Element*>(tensors.valueCache);
     call.rotated = static_cast<typename Call<kType, T>::Operand*>(rotated);
-    call.output = static_cast<T*>(tensors.output);
+    call.output = tensors.output;
+    call.outputType = type;
     return call;
 }
 
@@ -110,13 +112,15 @@ void launchPlain(Call<kType, T> const& call, cudaStream_t stream)
 }
 
 template <CacheType kType, typename T>
-cudaError_t launch(AttentionShape const& shape, AttentionTensors const& tensors, void* workspace, AttentionPath path,
-    cudaStream_t stream)
+cudaError_t launch(AttentionShape const& shape, ElementType type, AttentionTensors const& tensors, void* workspace,
+    AttentionPath path, cudaStream_t stream)
 {
-    Call<kType, T> const call = callOf<kType, T>(shape, tensors, workspace);
     int64_t const vectors = shape.batch * shape.sequence * (shape.numHeads + 2 * shape.numKeyValueHeads);
+    Call<kType, T> const appended = callOf<kType, T>(shape, type, tensors, workspace);
     QWENFORGE_LAUNCH((rotateAndAppend<kType, T>), dim3(static_cast<unsigned>(ceilDiv(vectors, kAppendWarps))),
-        dim3(kAppendThreads), stream, call);
+        dim3(kAppendThreads), stream, appended);
+    using Operand = typename CacheFormat<kType, T>::Operand;
+    Call<kType, Operand> const call = callOf<kType, Operand>(shape, type, tensors, workspace);
     void* const partials = static_cast<unsigned char*>(workspace) + rotatedBytes(shape);
     switch (path)
     {
@@ -127,14 +131,14 @@ cudaError_t launch(AttentionShape const& shape, AttentionTensors const& tensors,
 }
 
 template <typename T>
-cudaError_t launchOf(AttentionShape const& shape, AttentionTensors const& tensors, void* workspace, AttentionPath path,
-    cudaStream_t stream)
+cudaError_t launchOf(AttentionShape const& shape, ElementType type, AttentionTensors const& tensors, void* workspace,
+    AttentionPath path, cudaStream_t stream)
 {
     switch (shape.cacheType)
     {
-    case CacheType::kFloat8: return launch<CacheType::kFloat8, T>(shape, tensors, workspace, path, stream);
-    case CacheType::kInt8: return launch<CacheType::kInt8, T>(shape, tensors, workspace, path, stream);
-    default: return launch<CacheType::kFloat, T>(shape, tensors, workspace, path, stream);
+    case CacheType::kFloat8: return launch<CacheType::kFloat8, T>(shape, type, tensors, workspace, path, stream);
+    case CacheType::kInt8: return launch<CacheType::kInt8, T>(shape, type, tensors, workspace, path, stream);
+    default: return launch<CacheType::kFloat, T>(shape, type, tensors, workspace, path, stream);
     }
 }
 
@@ -245,8 +249,8 @@ cudaError_t launchAttention(AttentionShape const& shape, ElementType type, Atten
         return cudaErrorInvalidValue;
     }
     AttentionPath const chosen = path == AttentionPath::kAuto ? chosenPath(shape) : path;
-    return type == ElementType::kFloat16 ? launchOf<__half>(shape, tensors, workspace, chosen, stream)
-                                         : launchOf<__nv_bfloat16>(shape, tensors, workspace, chosen, stream);
+    return type == ElementType::kFloat16 ? launchOf<__half>(shape, type, tensors, workspace, chosen, stream)
+                                         : launchOf<__nv_bfloat16>(shape, type, tensors, workspace, chosen, stream);
 }
 
 } // namespace qwenforge

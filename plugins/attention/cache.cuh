@@ -117,7 +117,8 @@ struct Places
     }
 };
 
-// What the kernels of one type T and CacheType are called with.
+// What the kernels of one type T and CacheType are called with. Those that attend to an 8-bit cache are compiled for T =
+// Operand alone and write either type.
 template <CacheType kType, typename T>
 struct Call
 {
@@ -151,7 +152,25 @@ struct Call
     Element* keyCache;
     Element* valueCache;
     Operand* rotated; // [B, S, Hq, D]: queries, turned, times the scales of their key channels
-    T* output;        // [B, S, Hq, D]
+    void* output;     // [B, S, Hq, D]
+    ElementType outputType;
+
+    // Writes two elements of the output that follow each other, from an even number on.
+    __device__ __forceinline__ void write(int64_t element, float first, float second) const
+    {
+        if (kType == CacheType::kFloat)
+        {
+            writeAs<T>(element, first, second);
+        }
+        else if (outputType == ElementType::kFloat16)
+        {
+            writeAs<__half>(element, first, second);
+        }
+        else
+        {
+            writeAs<__nv_bfloat16>(element, first, second);
+        }
+    }
 
     // The place of token b * S + j, -1 where the cache has none.
     __device__ __forceinline__ int64_t place(int64_t token) const
@@ -164,6 +183,14 @@ struct Call
     __device__ __forceinline__ int64_t firstSeen(int64_t place) const
     {
         return window > 0 && place >= window ? place - window + 1 : 0;
+    }
+
+private:
+    template <typename Output>
+    __device__ __forceinline__ void writeAs(int64_t element, float first, float second) const
+    {
+        *reinterpret_cast<Two<Output>*>(static_cast<Output*>(output) + element)
+            = Two<Output>{{fromFloat<Output>(first), fromFloat<Output>(second)}};
     }
 };
 

@@ -90,19 +90,22 @@ __global__ void __launch_bounds__(kPlainThreads) attendPlain(Call<kType, T> call
         largest = isLarger(maxima[other], largest) ? maxima[other] : largest;
     }
     float const scale = call.valueScales == nullptr ? 1.0f : call.valueScales[keyHead];
-    for (int32_t channel = static_cast<int32_t>(threadIdx.x); channel < call.headSize; channel += kPlainThreads)
+    for (int32_t channel = 2 * static_cast<int32_t>(threadIdx.x); channel < call.headSize; channel += 2 * kPlainThreads)
     {
         float total = 0.0f;
-        float result = 0.0f;
+        float first = 0.0f;
+        float second = 0.0f;
 #pragma unroll
         for (int32_t other = 0; other < kPlainWarps; ++other)
         {
             // A warp that saw no key, or nothing but -inf, has nothing to add; where none has, 0 / 0 is NaN.
             float const share = maxima[other] == -INFINITY ? 0.0f : expf(maxima[other] - largest);
             total += sums[other] * share;
-            result += vectors[other][channel] * share;
+            first += vectors[other][channel] * share;
+            second += vectors[other][channel + 1] * share;
         }
-        call.output[query + channel] = fromFloat<T>(place < 0 ? NAN : result / total * scale);
+        float const factor = place < 0 ? NAN : scale;
+        call.write(query + channel, first / total * factor, second / total * factor);
     }
 }
 

@@ -47,7 +47,7 @@ cudaError_t launchSplitOf(Call<kType, T> const& call, int32_t splits, void* work
     if (splits > 1)
     {
         QWENFORGE_LAUNCH((combineSplits<kType, T, kHead>),
-            dim3(static_cast<unsigned>(call.batch * call.keyValueHeads * rows)), dim3(kHead), stream, call, tiles, splits,
+            dim3(static_cast<unsigned>(call.batch * call.keyValueHeads * rows)), dim3(kHead / 2), stream, call, tiles, splits,
             partials);
     }
     return cudaGetLastError();
@@ -91,9 +91,7 @@ cudaError_t launchSplit(Call<kType, T> const& call, int32_t splits, void* partia
 QWENFORGE_INSTANTIATE(kFloat, __half);
 QWENFORGE_INSTANTIATE(kFloat, __nv_bfloat16);
 QWENFORGE_INSTANTIATE(kFloat8, __half);
-QWENFORGE_INSTANTIATE(kFloat8, __nv_bfloat16);
 QWENFORGE_INSTANTIATE(kInt8, __half);
-QWENFORGE_INSTANTIATE(kInt8, __nv_bfloat16);
 #undef QWENFORGE_INSTANTIATE
 
 } // namespace attention

@@ -59,7 +59,7 @@ struct Partials
 // of the keys that any of them sees the split-th part, a multiple of what the four warps take at a time. Warp w takes
 // every fourth stage of them, through a ring of its own, so that no warp waits for another one before the end.
 //
-// What the warps have summed up is then put together in the order of the warps, an element a thread at a time.
+// What the warps have summed up is then put together in the order of the warps, two channels a thread at a time.
 template <CacheType kType, typename T, int32_t kHead>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     attendSplit(Call<kType, T> call, int32_t tiles, int32_t splits, Partials partials)
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     }
     __syncthreads();
     float const scale = valueScale(call, head);
-    for (int32_t i = thread; i < kSplitRows * kHead; i += kSplitThreads)
+    for (int32_t i = 2 * thread; i < kSplitRows * kHead; i += 2 * kSplitThreads)
     {
         int32_t const row = i / kHead;
         int32_t const channel = i % kHead;
@@ -121,13 +121,14 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
             maximum = fmaxf(maximum, memory.parts.maximum[w][row]);
         }
         float weight = 0.0f;
-        float value = 0.0f;
+        float values[2]{};
 #pragma unroll
         for (int32_t w = 0; w < kSplitWarps; ++w)
         {
             float const share = exp2f(memory.parts.maximum[w][row] - baseOf(maximum));
             weight += memory.parts.weight[w][row] * share;
-            value += memory.parts.values[w][row][channel] * share;
+            values[0] += memory.parts.values[w][row][channel] * share;
+            values[1] += memory.parts.values[w][row][channel + 1] * share;
         }
         if (firstRow + row >= rows)
         {
@@ -135,10 +136,11 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
         }
         if (partials.values == nullptr)
         {
-            outputOf(call, batchRow, head, firstRow + row)[channel] = fromFloat<T>(value / weight * scale);
+            call.write(outputOf(call, batchRow, head, firstRow + row) + channel, values[0] / weight * scale,
+                values[1] / weight * scale);
             continue;
         }
-        partials.values[(part * kSplitRows + row) * kHead + channel] = value;
+        *reinterpret_cast<float2*>(partials.values + (part * kSplitRows + row) * kHead + channel) = {values[0], values[1]};
         if (channel == 0)
         {
             partials.maximum[part * kSplitRows + row] = maximum;
@@ -147,15 +149,17 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     }
 }
 
-// Block (b * Hk + h) * S G + row takes one group row, thread c its channel c. A part that saw nothing is not read.
+// Block (b * Hk + h) * S G + row takes one group row, thread c its channels 2 c and 2 c + 1. A part that saw nothing is not
+// read.
 template <CacheType kType, typename T, int32_t kHead>
-__global__ void __launch_bounds__(kHead) combineSplits(Call<kType, T> call, int32_t tiles, int32_t splits, Partials partials)
+__global__ void __launch_bounds__(kHead / 2)
+    combineSplits(Call<kType, T> call, int32_t tiles, int32_t splits, Partials partials)
 {
     int64_t const rows = call.sequence * call.group;
     int64_t const row = blockIdx.x % rows;
     int64_t const keyHead = blockIdx.x / rows;
     int64_t const first = (keyHead * tiles + row / kSplitRows) * splits; // part
-    auto const channel = static_cast<int32_t>(threadIdx.x);
+    int32_t const channel = 2 * static_cast<int32_t>(threadIdx.x);
     auto const at = [&](int32_t split) { return (first + split) * kSplitRows + row % kSplitRows; };
     float maximum = -INFINITY;
     for (int32_t split = 0; split < splits; ++split)
@@ -163,20 +167,23 @@ __global__ void __launch_bounds__(kHead) combineSplits(Call<kType, T> call, int3
         maximum = fmaxf(maximum, partials.maximum[at(split)]);
     }
     float weight = 0.0f;
-    float value = 0.0f;
+    float values[2]{};
     for (int32_t split = 0; split < splits; ++split)
     {
         float const own = partials.weight[at(split)];
         if (own != 0.0f) // NaN too
         {
             float const share = exp2f(partials.maximum[at(split)] - baseOf(maximum));
+            auto const part = *reinterpret_cast<float2 const*>(partials.values + at(split) * kHead + channel);
             weight += own * share;
-            value += partials.values[at(split) * kHead + channel] * share;
+            values[0] += part.x * share;
+            values[1] += part.y * share;
         }
     }
     auto const head = static_cast<int32_t>(keyHead % call.keyValueHeads);
-    outputOf(call, keyHead / call.keyValueHeads, head, row)[channel]
-        = fromFloat<T>(value / weight * valueScale(call, head));
+    float const scale = valueScale(call, head);
+    call.write(outputOf(call, keyHead / call.keyValueHeads, head, row) + channel, values[0] / weight * scale,
+        values[1] / weight * scale);
 }
 
 } // namespace attention

@@ -35,9 +35,7 @@ cudaError_t launchTiled(Call<kType, T> const& call, cudaStream_t stream)
 QWENFORGE_INSTANTIATE(kFloat, __half);
 QWENFORGE_INSTANTIATE(kFloat, __nv_bfloat16);
 QWENFORGE_INSTANTIATE(kFloat8, __half);
-QWENFORGE_INSTANTIATE(kFloat8, __nv_bfloat16);
 QWENFORGE_INSTANTIATE(kInt8, __half);
-QWENFORGE_INSTANTIATE(kInt8, __nv_bfloat16);
 #undef QWENFORGE_INSTANTIATE
 
 } // namespace attention

@@ -68,20 +68,23 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) attendTiled(Call<
         {
             continue;
         }
-        T* const output = outputOf(call, batchRow, head, row);
+        int64_t const output = outputOf(call, batchRow, head, row);
         float const factor = scale / sums.weight[i / 2][i % 2];
+        int32_t const element = 2 * (i % 2); // of fragments C
+        float const(&values)[L::kColumns][4] = sums.values[i / 2];
 #pragma unroll
-        for (int32_t n = 0; n < L::kColumns; ++n)
+        for (int32_t n = 0; n < L::kColumns; n += 2)
         {
-            // Two channels that follow each other: columns 2t and 2t + 1 of one tile, or 8-bit, column 2t or 2t + 1 of two.
-            int32_t const tile = L::kIsByte ? n / 2 * 2 : n;
-            int32_t const column = 2 * (lane % 4) + (L::kIsByte ? n % 2 : 0);
-            float const* const values = &sums.values[i / 2][0][0];
-            int32_t const element = 2 * (i % 2);
-            float const low = values[4 * tile + element + (L::kIsByte ? n % 2 : 0)];
-            float const high = values[4 * (tile + (L::kIsByte ? 1 : 0)) + element + (L::kIsByte ? n % 2 : 1)];
-            *reinterpret_cast<Two<T>*>(output + channelOf<L>(tile, column))
-                = Two<T>{{fromFloat<T>(low * factor), fromFloat<T>(high * factor)}};
+            // Channels that follow each other are two columns of one tile, or of an 8-bit cache, one column of two.
+#pragma unroll
+            for (int32_t e = 0; e < 2; ++e)
+            {
+                int32_t const tile = L::kIsByte ? n : n + e;
+                int32_t const column = 2 * (lane % 4) + (L::kIsByte ? e : 0);
+                float const low = L::kIsByte ? values[n][element + e] : values[n + e][element];
+                float const high = L::kIsByte ? values[n + 1][element + e] : values[n + e][element + 1];
+                call.write(output + channelOf<L>(tile, column), low * factor, high * factor);
+            }
         }
     }
 }

@@ -619,12 +619,12 @@ __device__ __forceinline__ void loadQueries(Call<L::kType, typename L::T> const&
     __syncthreads();
 }
 
-// Where the output of a group row begins.
+// The first element of the output of a group row.
 template <CacheType kType, typename T>
-__device__ __forceinline__ T* outputOf(Call<kType, T> const& call, int64_t batchRow, int32_t head, int64_t row)
+__device__ __forceinline__ int64_t outputOf(Call<kType, T> const& call, int64_t batchRow, int32_t head, int64_t row)
 {
     int64_t const token = batchRow * call.sequence + row / call.group;
-    return call.output + (token * call.heads + head * call.group + row % call.group) * call.headSize;
+    return (token * call.heads + head * call.group + row % call.group) * call.headSize;
 }
 
 template <CacheType kType, typename T>
