@@ -159,7 +159,8 @@ def run(call: Call, inputs: Inputs, dtype: str, **options: Any) -> Results:
     found = []
     for like, of in ((inputs.query, kind), (inputs.key_cache, element), (inputs.value_cache, element)):
         size = like.numel() * of.itemsize
-        found.append(torch.from_numpy(raw[:size].copy()).view(of).view(like.shape))
+        numbers = raw[:size].copy().view(np.int16 if of.itemsize == 2 else np.int8)
+        found.append(torch.from_numpy(numbers).view(of).view(like.shape))
         raw = raw[size:]
     return Results(*found)
 
