@@ -31,10 +31,16 @@ CALLS = {
     "window wider than the cache": Call(starts=(2,), sequence=5, window=100),
     "few keys of many": Call(starts=(3,), capacity=4000, positions=8),
     "more parts than one": Call(starts=(2051, 700), capacity=2100, positions=2100, heads=7, kv_heads=1),
-    "more parts than one, wide heads": Call(starts=(1000,), capacity=1001, positions=1001, heads=2, kv_heads=1, size=128),
-    "several tiles of 16": Call(starts=(150,), sequence=9, capacity=200, positions=200, heads=8, kv_heads=2, path="split"),
+    "more parts than one, wide heads": Call(
+        starts=(1000,), capacity=1001, positions=1001, heads=2, kv_heads=1, size=128
+    ),
+    "several tiles of 16": Call(
+        starts=(150,), sequence=9, capacity=200, positions=200, heads=8, kv_heads=2, path="split"
+    ),
     "several tiles of 128": Call(starts=(17, 0), sequence=45, capacity=64, heads=14, path="tiled"),
-    "several tiles of 128, wide heads": Call(starts=(0, 30), sequence=70, capacity=100, positions=100, size=128, path="tiled"),
+    "several tiles of 128, wide heads": Call(
+        starts=(0, 30), sequence=70, capacity=100, positions=100, size=128, path="tiled"
+    ),
     "window across tiles": Call(starts=(90,), sequence=70, capacity=160, positions=160, window=33, path="tiled"),
     "window across parts": Call(starts=(900,), capacity=1000, positions=1000, window=389, path="split"),
 }
@@ -139,7 +145,9 @@ CHECKED = {
     "plain": Call(starts=(0, 11, 3), sequence=4, size=72, scale=0.1),
     "plain, quantized pages": Call(starts=(9, 0), sequence=3, size=8, cache="int8", page_size=16),
     "split": Call(starts=(0, 79), capacity=80, positions=80, heads=14, packed=True, path="split"),
-    "split, quantized": Call(starts=(70,), sequence=3, capacity=73, positions=73, heads=7, kv_heads=1, size=128, cache="fp8"),
+    "split, quantized": Call(
+        starts=(70,), sequence=3, capacity=73, positions=73, heads=7, kv_heads=1, size=128, cache="fp8"
+    ),
     "parts": Call(starts=(700,), capacity=701, positions=701, heads=3, kv_heads=1, cache="int8", path="split"),
     "tiled": Call(starts=(31, 0), sequence=33, capacity=64, heads=10, norm=True, path="tiled"),
     "tiled, quantized pages": Call(
@@ -266,7 +274,9 @@ def test_large_scores_do_not_overflow(path: str) -> None:
     for dtype, (kind, tolerance) in DTYPES.items():
         inputs = Inputs.random(call, kind, seed=15)
         found = run(call, inputs, dtype)
-        keys, values = (linear(call, inputs, c, keys=k) for c, k in ((found.key_cache, True), (found.value_cache, False)))
+        keys, values = (
+            linear(call, inputs, c, keys=k) for c, k in ((found.key_cache, True), (found.value_cache, False))
+        )
         expected = attended(call, turned(call, inputs, keys=False).to(kind).double(), keys, values)
         assert float((found.output.double() - expected).abs().max()) < tolerance * float(expected.abs().max())
 
@@ -299,7 +309,9 @@ def test_path_that_a_shape_lacks_is_refused() -> None:
 def test_fp8_cache_below_sm_89_is_refused_with_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(cache="fp8")
     monkeypatch.setenv("SIMT_SM", "86")
-    with pytest.raises(simt.KernelError, match="FP8 caches need a GPU with SM 89 or newer, this one has SM 86: use an INT8"):
+    with pytest.raises(
+        simt.KernelError, match="FP8 caches need a GPU with SM 89 or newer, this one has SM 86: use an INT8"
+    ):
         run(call, Inputs.random(call, torch.float16), "float16")
     check(replace(call, cache="int8"), "float16")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ WHY = simt.why_missing() or ("the emulator is tested without a GPU" if simt.ON_G
 pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "-")
 
 ROUTING, EXPERTS, WEIGHTS = "moe/routing.cuh", "moe/experts.cuh", "moe/weights.cuh"
-ATTENTION = "attention/attention_kernels.cuh"
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,6 @@ class Case:
 
     numbers: tuple[float, ...]
     only: int = 1
-
-    @property
-    def op(self) -> str:
-        return "moe" if self.only else "attention"
 
 
 # T C I E first El Es K normalize weights group path
@@ -42,7 +36,6 @@ CASES = {
     "int8": Case((20, 192, 128, 3, 0, 3, 1, 2, 1, 1, 65536, 1), only=2),
     "int4": Case((20, 320, 192, 3, 0, 3, 1, 2, 1, 2, 128, 2), only=3),
     "fp8": Case((20, 192, 128, 3, 0, 3, 1, 2, 1, 3, 65536, 2), only=4),
-    "attention": Case((2, 3, 16, 32, 4, 2, 72, 0, 0.125), only=0),
 }
 
 _EACH_PAIR = "    for (int32_t pair = thread; pair < pairs; pair += kSortThreads)"
@@ -217,31 +210,6 @@ BUGS = {
         "kFloat8 ? product.activationScales[1 + tile.expert] : 1.0f;\n#pragma",
         "kFloat8 ? product.activationScales[1] : 1.0f;\n#pragma",
     ),
-    "barrier dropped before the merge": (
-        "attention",
-        ATTENTION,
-        "    __syncthreads();\n\n    float largest",
-        "    float largest",
-    ),
-    "shuffle in divergent code": (
-        "attention",
-        ATTENTION,
-        "        score = warpSum(score);",
-        "        score = lane < 24 ? warpSum(score) : score;",
-    ),
-    "channels behind the head are read": (
-        "attention",
-        ATTENTION,
-        "query[i] = channel < call.headSize ? toFloat(call.rotated[row + channel]) * call.scale : 0.0f;",
-        "query[i] = toFloat(call.rotated[row + channel]) * call.scale;",
-    ),
-    "other group of heads": (
-        "attention",
-        ATTENTION,
-        "int32_t const keyHead = head / (call.heads / call.keyValueHeads);",
-        "int32_t const keyHead = head % call.keyValueHeads;",
-    ),
-    "one key too few": ("attention", ATTENTION, "key <= place;", "key < place;"),
 }
 CASES["ties"] = CASES["narrow"]
 
@@ -253,8 +221,6 @@ def _tensors(name: str) -> list[np.ndarray]:
     def draw(*size: int) -> np.ndarray:
         return generator.normal(0, 0.5, size).astype(np.float16)
 
-    if case.op == "attention":
-        return _attention_tensors(case, draw)
     tokens, hidden, width, experts, _, local, shared, _, _, kind, group, _ = (int(number) for number in case.numbers)
     stored = local + shared
     matrices = [draw(stored, 2 * width, hidden), draw(stored, hidden, width)]
@@ -276,18 +242,9 @@ def _tensors(name: str) -> list[np.ndarray]:
     return tensors if kind < 3 else [*tensors, np.linspace(0.01, 0.02, 1 + stored, dtype=np.float32)]
 
 
-def _attention_tensors(case: Case, draw: Callable[..., np.ndarray]) -> list[np.ndarray]:
-    rows, sequence, capacity, positions, heads, kv_heads, size = (int(number) for number in case.numbers[:7])
-    tensors = [draw(rows, sequence, heads, size), *(draw(rows, sequence, kv_heads, size) for _ in range(2))]
-    tensors += [draw(positions, size // 2), draw(positions, size // 2)]
-    starts = np.array([2, 7], np.int32)
-    tensors += [(starts[:, None] + np.arange(sequence)).astype(np.int32), starts]
-    return tensors + [draw(rows, kv_heads, capacity, size) for _ in range(2)]
-
-
 def _run(name: str, **options: Any) -> bytes:
     case = CASES[name]
-    return simt.run(case.op, "float16", case.numbers, _tensors(name), only=case.only, **options)
+    return simt.run("moe", "float16", case.numbers, _tensors(name), only=case.only, **options)
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -325,7 +282,7 @@ def test_right_kernels_are_not_accused(case: str) -> None:
             r"deadlock: 8 threads wait at a barrier, 248 in a collective of their warp, 0 are done",
         ),
         (
-            "shuffle in divergent code",
+            "shuffle in divergent code of the router",
             r"deadlock: \d+ threads wait at a barrier, \d+ in a collective of their warp, 0 are done",
         ),
         ("rows behind the matrix are read", "AddressSanitizer: heap-"),

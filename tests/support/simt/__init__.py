@@ -106,7 +106,9 @@ def _driver(checked: bool, sources: Path | None, only: int | None) -> Path:
         command = [str(cuda / "bin" / "nvcc"), "-std=c++17", "-O2", "-arch=native", "-lineinfo", "-x", "cu"]
         command += [f"-I{folder}", f"-I{_HERE}"]
     else:
-        command = ["g++", "-std=c++17", "-O1", "-DQWENFORGE_SIMT", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+        # Changed sources run a few small calls: what counts is how long they take to compile.
+        level = "-O1" if sources is None else "-O0"
+        command = ["g++", "-std=c++17", level, "-DQWENFORGE_SIMT", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
         command += [f"-I{folder}", f"-I{_HERE}", "-isystem", str(cuda / "include"), *(_CHECKED if checked else ())]
     if only is not None:
         command += [f"-DDRIVER_ONLY={only}", "-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
