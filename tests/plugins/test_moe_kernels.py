@@ -221,6 +221,9 @@ SHAPES = {
     "64 experts, top 8": Shape(tokens=11, hidden=32, width=16, experts=64, top_k=8, normalize=True),
     "60 experts, top 4, shared 4": Shape(tokens=4, hidden=32, width=16, experts=60, shared=4, top_k=4),
     "256 experts, top 8": Shape(tokens=3, hidden=16, width=8, experts=256, top_k=8),
+    "256 experts, 64 shared, more pairs than one block sorts": Shape(
+        tokens=9, hidden=16, width=8, experts=256, shared=64, top_k=8, normalize=True
+    ),
     "33 experts": Shape(tokens=4, hidden=16, width=8, experts=33, top_k=8, normalize=True),
     "many tokens of one expert": Shape(tokens=150, hidden=40, width=24, experts=2, top_k=1),
     "more pairs than one block sorts": Shape(tokens=515, hidden=8, width=8, experts=3, top_k=1, shared=1),
@@ -247,6 +250,23 @@ def test_experts_agree_with_float64(name: str, path: str, dtype: str) -> None:
 def test_tokens_behind_a_chunk_are_the_next_chunk(path: str) -> None:
     shape = Shape(tokens=2050, hidden=16, width=8, experts=3, top_k=1, shared=1, path=PATHS[path])
     inputs = Inputs.random(shape, torch.float16, seed=8)
+    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < FLOAT16
+
+
+@pytest.mark.parametrize("weights", PACKED)
+def test_tokens_behind_a_chunk_are_the_next_chunk_with_packed_weights(weights: str) -> None:
+    kind, group_size = WEIGHTS[weights]
+    shape = Shape(tokens=2051, width=64, experts=2, top_k=1, weight_type=kind, group_size=group_size)
+    inputs = Inputs.random(shape, torch.float16, seed=9)
+    bound = FLOAT8 if kind is WeightType.FLOAT8 else FLOAT16
+    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < bound
+
+
+@pytest.mark.skipif(simt.ON_GPU, reason="the path needs CUTLASS on a GPU")
+@pytest.mark.parametrize(("hidden", "width"), [(2056, 8), (8, 2056)])
+def test_rows_longer_than_a_block_are_gathered_and_activated(hidden: int, width: int) -> None:
+    shape = Shape(tokens=3, hidden=hidden, width=width, experts=2, top_k=1, path=PATHS["grouped"])
+    inputs = Inputs.random(shape, torch.float16, seed=10)
     assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < FLOAT16
 
 
@@ -337,6 +357,25 @@ def test_of_equal_logits_the_lower_ids_are_chosen() -> None:
     assert _error(_run(shape, inputs, "bfloat16"), _reference(shape, inputs)) < BFLOAT16
 
 
+def test_the_larger_logit_is_chosen_where_probabilities_round_to_the_same() -> None:
+    """In fp32, of logits next to 0 beside one of 0.5."""
+    shape = Shape(tokens=1, experts=40, top_k=3, normalize=True)
+    inputs = Inputs.random(shape, torch.bfloat16, seed=11)
+    inputs.logits[0] = 2.0**-30 * torch.arange(40)
+    inputs.logits[0, 7] = 0.5
+    probabilities = torch.softmax(inputs.logits[0].float(), -1)
+    assert probabilities[20] == probabilities[39] and inputs.logits[0, 20] < inputs.logits[0, 39]
+    assert _error(_run(shape, inputs, "bfloat16"), _reference(shape, inputs)) < BFLOAT16
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_every_number_of_experts_a_token(top_k: int) -> None:
+    """All of them included."""
+    shape = Shape(tokens=6, experts=8, top_k=top_k, shared=1, normalize=top_k % 2 == 0)
+    inputs = Inputs.random(shape, torch.float16, seed=12)
+    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < FLOAT16
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["hidden", "logits", "gates"])
 def test_nan_and_infinity_stay_in_their_token(where: str, value: float) -> None:
@@ -369,6 +408,16 @@ def test_nan_and_infinity_are_not_lost_with_packed_weights(weights: str, value: 
     inputs.hidden[1, 5] = value
     found = _run(shape, inputs, "bfloat16")
     assert not torch.isfinite(found[1]).any() and torch.isfinite(found[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_larger_than_fp8_is_cut_off(sign: int) -> None:
+    """A token beyond 448 scales, and activated channels beyond theirs."""
+    shape = Shape(tokens=4, width=64, experts=2, top_k=1, weight_type=WeightType.FLOAT8)
+    inputs = Inputs.random(shape, torch.bfloat16, seed=13)
+    inputs.hidden[1, 5] = 40 * sign
+    inputs.hidden[2] *= 6 * sign
+    assert _error(_run(shape, inputs, "bfloat16"), _reference(shape, inputs)) < FLOAT8
 
 
 @pytest.mark.parametrize(
