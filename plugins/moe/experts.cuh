@@ -153,7 +153,8 @@ __device__ __forceinline__ void addSlices(ExpertMemory<F, T, kTokens>& memory, i
     int32_t lane, Sums<kTokens>& sums)
 {
     using L = Layout<F, T, kTokens>;
-    __syncthreads(); // nobody reads the stages any more, whose memory this is; the last copies were waited for
+    // Every copy was waited for already: the groups that are still under way are empty.
+    __syncthreads(); // nobody reads the stages any more, whose memory this is
     if (slice > 0)
     {
 #pragma unroll

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from qwenforge.bench.kernel_library import PLUGINS, AttentionShape, Experts, KernelError, Kernels, Tensor
+from qwenforge.bench.kernel_library import AttentionShape, Experts, KernelError, Kernels, Tensor
 from qwenforge.plugins.moe.packing import pack_float8, pack_int4, pack_int8
-from support import simt
-from support.plugin_library import cuda_folder
-from support.source_tree import ROOT
+from support import emulated_kernels, simt
+from support.emulated_kernels import aligned
 
 WHY = simt.why_missing() or ("the emulator is tested without a GPU" if simt.ON_GPU else "")
 pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "-")
@@ -24,29 +21,13 @@ TOKENS, HIDDEN, WIDTH, EXPERTS, SHARED, TOP_K = 6, 64, 128, 5, 2, 2
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    cuda = cuda_folder()
-    assert cuda is not None
-    sources = [*PLUGINS.glob("moe/*.cu"), *PLUGINS.glob("attention/*.cu"), PLUGINS / "common" / "kernels_c_api.cpp"]
-    sources += [PLUGINS / "moe" / "cutlass" / "grouped_missing.cpp", ROOT / "tests" / "cpp" / "cuda_stub.cpp"]
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DQWENFORGE_SIMT", f"-I{PLUGINS}"]
-    command += [f"-I{Path(simt.__file__).parent}", "-isystem", str(cuda / "include"), "-x", "c++"]
-    subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
-    return Kernels(library, lambda size: _aligned(size // 2 + 1).view(torch.int8))
-
-
-def _aligned(*size: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Uninitialized, at a multiple of 256 bytes, as CUDA's memory is."""
-    count = int(np.prod(size))
-    space = torch.empty(count * dtype.itemsize + 256, dtype=torch.uint8)
-    start = -space.data_ptr() % 256
-    return space[start : start + count * dtype.itemsize].view(dtype).view(size)
+def kernels() -> Kernels:
+    return emulated_kernels.kernels()
 
 
 def _placed(values: Any) -> torch.Tensor:
     given = torch.as_tensor(values)
-    return _aligned(*given.shape, dtype=given.dtype).copy_(given)
+    return aligned(*given.shape, dtype=given.dtype).copy_(given)
 
 
 def _draw(*size: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -120,6 +101,23 @@ def test_path_follows_the_table(tokens: int, path: str, kernels: Kernels) -> Non
     experts = _experts("float", torch.float16)
     hidden, logits, gates = _draw(tokens, HIDDEN), _draw(tokens, EXPERTS), _draw(tokens, 1)
     assert kernels.moe_path(hidden, logits, experts, _draw(tokens, HIDDEN), gates) == path
+
+
+@pytest.mark.parametrize("weight_type", ["float", "int4", "fp8"])
+@pytest.mark.parametrize("path", ["eight", "wide"])
+def test_workspace_grows_with_tokens_up_to_a_chunk(path: str, weight_type: str) -> None:
+    sizes = []
+
+    def allocate(size: int) -> torch.Tensor:
+        sizes.append(size)
+        return aligned(size // 2 + 1).view(torch.int8)
+
+    kernels, experts = emulated_kernels.kernels(allocate), _experts(weight_type, torch.float16)
+    for tokens in (1, 8, 9, 500, 2047, 2048, 2049, 9000):
+        hidden, logits, gates = aligned(tokens, HIDDEN), aligned(tokens, EXPERTS), aligned(tokens, 1)
+        kernels.prepared_moe(hidden, logits, experts, aligned(tokens, HIDDEN), gates, path)
+    # The last three are the same: the binding keeps a workspace of the size that it has.
+    assert len(sizes) == 6 and sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ SHAPES = {
     "17 tokens": Shape(tokens=17, normalize=True),
     "smallest sizes": Shape(hidden=8, width=8, experts=1, top_k=1),
     "odd sizes": Shape(tokens=7, hidden=72, width=24, experts=5, top_k=3),
-    "wider than a tile": Shape(tokens=3, hidden=200, width=136, experts=3, top_k=2),
+    "wider than a tile": Shape(tokens=3, hidden=328, width=136, experts=3, top_k=2),
     "more pairs than a tile": Shape(tokens=40, hidden=16, width=16, experts=2, top_k=2, normalize=True),
     "one expert takes all": Shape(tokens=70, hidden=16, width=8, experts=1, top_k=1),
     "shared expert": Shape(tokens=9, shared=1),
@@ -329,7 +329,9 @@ def test_every_order_of_threads_gives_the_same_bits(name: str, weights: str, pat
     kind, group_size = WEIGHTS[weights]
     shape = replace(PACKED_SHAPES[name], path=PATHS[path], weight_type=kind, group_size=group_size)
     inputs = Inputs.random(shape, torch.float16, seed=2)
-    first, *others = (_run(shape, inputs, "float16", schedule=number) for number in (0, 1, 2, 3))
+    # On a GPU the hardware orders them, twice.
+    orders = (0, 1) if simt.ON_GPU else (0, 1, 2, 3)
+    first, *others = (_run(shape, inputs, "float16", schedule=number) for number in orders)
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -399,6 +401,16 @@ def test_a_row_of_nan_logits_is_nan() -> None:
     assert torch.isnan(found[1]).all() and torch.isfinite(found[[0, 2, 3]]).all()
 
 
+@pytest.mark.parametrize("path", ["eight", "wide"])
+def test_an_expert_whose_logit_is_nan_is_chosen(path: str) -> None:
+    """Where it alone is stored, it says so: NaN counts as larger than every number."""
+    whole = Shape(tokens=3, experts=40, top_k=2, path=PATHS[path])
+    inputs = Inputs.random(whole, torch.float16, seed=14)
+    inputs.logits[:, 35] = torch.tensor([-9.0, float("nan"), -9.0])
+    found = _run(replace(whole, first_local=35, local=1), inputs, "float16")
+    assert torch.isnan(found[1]).all() and not found[[0, 2]].any()
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_not_lost_with_packed_weights(weights: str, value: float) -> None:
@@ -464,6 +476,7 @@ def test_fp8_is_refused_below_sm_89_with_the_alternatives(
 @pytest.mark.parametrize("normalize", [False, True])
 def test_block_of_transformers_is_computed(normalize: bool) -> None:
     """Its own Qwen2MoeSparseMoeBlock in float64, shared expert and router included."""
+    pytest.importorskip("transformers", reason="transformers is not installed, whose block this is compared with")
     from transformers import Qwen2MoeConfig
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 

@@ -151,7 +151,7 @@ BUGS = {
     "slices' memory taken while stages are read": (
         "eight",
         EXPERTS,
-        "    __syncthreads(); // nobody reads the stages any more, whose memory this is; the last copies were waited for\n",
+        "    __syncthreads(); // nobody reads the stages any more, whose memory this is\n",
         "",
     ),
     "slices added before they are there": (
