@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from qwenforge.bench.kernel_library import AttentionShape, Experts, KernelError,
 from qwenforge.plugins.moe.packing import pack_float8, pack_int4, pack_int8
 from support import emulated_kernels, simt
 from support.emulated_kernels import aligned
+from support.tolerances import FLOAT16
 
 WHY = simt.why_missing() or ("the emulator is tested without a GPU" if simt.ON_GPU else "")
 pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "-")
@@ -118,6 +120,47 @@ def test_workspace_grows_with_tokens_up_to_a_chunk(path: str, weight_type: str) 
         kernels.prepared_moe(hidden, logits, experts, aligned(tokens, HIDDEN), gates, path)
     # The last three are the same: the binding keeps a workspace of the size that it has.
     assert len(sizes) == 6 and sizes == sorted(sizes)
+
+
+def test_weights_beyond_four_gibibytes_are_found(kernels: Kernels) -> None:
+    """Of the last of 256 experts, the only one whose pages are ever touched."""
+    experts, hidden, width = 256, 72, 65536
+    gate_up = np.zeros((experts, 2 * width, hidden), np.float16)
+    down = np.zeros((experts, hidden, width), np.float16)
+    random = np.random.default_rng(0)
+    gate_up[-1] = random.standard_normal((2 * width, hidden), np.float32) * hidden**-0.5
+    down[-1] = random.standard_normal((hidden, width), np.float32) * width**-0.5
+    x, logits, output = _draw(1, hidden), _placed(torch.zeros(1, experts).half()), _draw(1, hidden)
+    logits[0, -1] = 60
+    kernels.moe(x, logits, Experts(gate_up, down, experts, 1), output, path="eight")
+    split = gate_up[-1].astype(np.float64).reshape(-1, 2, 8, hidden) @ x[0].double().numpy()
+    gate, up = split[:, 0].ravel(), split[:, 1].ravel()
+    expected = down[-1].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up)
+    assert np.abs(output[0].double().numpy() - expected).max() < FLOAT16 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("weight_type", ["float", "int8", "int4", "fp8"])
+def test_address_that_is_missing_or_odd_is_refused(weight_type: str) -> None:
+    """Of each tensor that the weights need, and of the workspace; nothing is computed."""
+    kernels, experts = emulated_kernels.kernels(), _experts(weight_type, torch.float16)
+    output = _placed(torch.full((TOKENS, HIDDEN), 7.0).half())
+    call = kernels.prepared_moe(_draw(TOKENS, HIDDEN), _draw(TOKENS, EXPERTS), experts, output, _draw(TOKENS, 1))
+    variables = inspect.getclosurevars(call).nonlocals
+    addresses, space = variables["addresses"], variables["space"]
+    present = [index for index, address in enumerate(addresses) if address]
+    assert len(present) == {"float": 6, "int8": 8, "int4": 8, "fp8": 9}[weight_type]
+    for index in present:
+        right = addresses[index]
+        for wrong in (None, right + 8):
+            addresses[index] = wrong
+            with pytest.raises(KernelError, match=r"returned CUDA error 1$"):
+                call()
+        addresses[index] = right
+    for wrong in (0, space.address + 8):
+        object.__setattr__(space, "address", wrong)
+        with pytest.raises(KernelError, match=r"returned CUDA error 1$"):
+            call()
+    assert (output == 7).all()
 
 
 @pytest.mark.parametrize(

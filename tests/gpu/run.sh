@@ -80,13 +80,13 @@ export -f tests measure sanitized
 export out work
 export moe=tests/plugins/test_moe_kernels.py layers=Qwen3-30B-A3B,Qwen1.5-MoE-A2.7B,Qwen2-57B-A14B
 
-part build 130 "$python" -P tests/gpu/build.py "$work" ${CUTLASS:+"$CUTLASS"}
-part first 30 bash -c 'tests -k "plain or half" "$moe"' # one shape of each kind of weights on every path
+part build 120 "$python" -P tests/gpu/build.py "$work" ${CUTLASS:+"$CUTLASS"}
+part first 60 bash -c 'tests -k "plain or half" "$moe"' # one shape of each kind of weights on every path
 part peers 130 bash -c 'measure peers moe --types bf16 --layers "$layers"'
 part times 90 bash -c 'measure times moe --types int4-128,int8,fp8,int4-64 --layers "$layers"'
-part correctness 80 bash -c 'tests "$moe"'
+part correctness 75 bash -c 'tests "$moe"'
 part memcheck 40 bash -c 'sanitized memcheck -k outside_the_tensors "$moe"'
-part racecheck 40 bash -c 'sanitized racecheck -k "outside_the_tensors and (half or 256)" "$moe"'
+part racecheck 35 bash -c 'sanitized racecheck -k "outside_the_tensors and (half or 256)" "$moe"'
 part attention 30 bash -c 'tests tests/plugins/test_attention_kernels.py && measure attention attention'
 
 "$python" tests/gpu/summary.py "$out"
