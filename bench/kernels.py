@@ -1,8 +1,9 @@
-"""Times the plugins' kernels on this machine's GPU beside their peers: ``python bench/kernels.py moe --json FILE``.
+"""Times the plugins' kernels on this machine's GPU beside their peers: ``python -P bench/kernels.py moe --json FILE``.
 
 Needs torch with CUDA and nvcc. Every contender computes the same layer from the router's logits on; they take turns,
 replayed as CUDA graphs with a cold L2; medians with the 10th and 90th percentile, in microseconds. A floor is the
-larger of bytes over the copy bandwidth and operations over the bf16 matrix rate, both measured in the same run.
+larger of bytes over the copy bandwidth and operations over the bf16 matrix rate, both measured in the same run. (``-P``
+keeps this folder off Python's path: transformers would take kernels.py for a package of that name.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qwenforge.bench.kernel_library import PATHS, AttentionShape, Kernels, build
 from qwenforge.bench.moe_layers import (
@@ -33,6 +34,7 @@ from qwenforge.bench.moe_layers import (
     reference,
 )
 
+_Named = TypeVar("_Named", Kind, Layer)
 FLUSH_BYTES = 256 << 20
 ROUNDS = 15
 QUICK_ROUNDS = 5
@@ -66,22 +68,19 @@ class Machine:
         self.sm = 10 * major + minor
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
         data = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda")
-        copied = self.times({"copy": lambda: data[0].copy_(data[1])})["copy"]
+        copied = self.times({"copy": self.replayable(lambda: data[0].copy_(data[1]))})["copy"]
         self.bandwidth = data.numel() / (copied.median * 1e-6)
         square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
         product = torch.empty_like(square)
-        multiplied = self.times({"matmul": lambda: torch.matmul(square, square, out=product)})["matmul"]
+        multiply = self.replayable(lambda: torch.matmul(square, square, out=product))
+        multiplied = self.times({"matmul": multiply})["matmul"]
         self.rate = 2 * 8192**3 / (multiplied.median * 1e-6)
 
     def times(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Time]:
-        """Every call's time, taken in turns, L2 flushed before each.
-
-        A call is replayed as a CUDA graph unless its attribute ``graph`` is False.
-        """
-        ready = {name: self._replayable(call) for name, call in calls.items()}
+        """Every call's time, taken in turns, L2 flushed before each."""
         measured: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(self.rounds):
-            for name, call in ready.items():
+            for name, call in calls.items():
                 self._flush.zero_()
                 start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
@@ -91,19 +90,29 @@ class Machine:
                 measured[name].append(start.elapsed_time(end) * 1e3)
         return {name: Time.of(times) for name, times in measured.items()}
 
-    def _replayable(self, call: Callable[[], Any]) -> Callable[[], Any]:
+    def replayable(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call as a CUDA graph, made after two calls that warm it up.
+
+        Raises:
+            RuntimeError: it does something that cannot be captured, or says so by an attribute ``graph`` that is False.
+        """
         torch = self.torch
+        if not getattr(call, "graph", True):
+            raise RuntimeError("it waits for the device")
+        before = torch.cuda.current_stream()
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             for _ in range(2):
                 call()
         torch.cuda.synchronize()
-        if not getattr(call, "graph", True):
-            return call
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError:
+            torch.cuda.set_stream(before)  # torch stays on the stream of a capture that failed
+            raise
         return graph.replay  # type: ignore[no-any-return]
 
 
@@ -117,7 +126,13 @@ def moe_rows(
     *,
     peers: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """One row a layer, kind of weights, number of tokens and routing."""
+    """One row a layer, kind of weights, number of tokens and routing.
+
+    A row has ``times`` of every path and peer that could run, and in ``left_out`` why the others could not; in
+    ``not_replayed`` peers that were called and not replayed, because they cannot be captured; how far our paths are
+    from a reference (few tokens) or from each other; in ``bits_changed`` the paths, of which there should be none,
+    whose replays gave other bits than the first call.
+    """
     torch = machine.torch
     for layer in layers:
         for kind in kinds:
@@ -168,6 +183,17 @@ def _moe_row(
             else:
                 calls[name] = peer
     torch.cuda.synchronize()
+    ready: dict[str, Callable[[], Any]] = {}
+    not_replayed: dict[str, str] = {}
+    for name, contender in calls.items():
+        try:
+            ready[name] = machine.replayable(contender)
+        except RuntimeError as error:
+            if name in outputs:
+                left_out[name] = f"cannot be captured in a CUDA graph: {error}"[:300]
+            else:
+                ready[name], not_replayed[name] = contender, str(error)[:300]
+    once = {path: output.clone() for path, output in outputs.items()}
     if tokens <= REFERENCE_TOKENS:
         expected = reference(torch, layer, experts, call)
         largest = float(expected.abs().max())
@@ -186,8 +212,10 @@ def _moe_row(
             "percent_of_floor": 100 * floor / time.median,
             "tflops": 1e-6 * operations / time.median,
         }
-        for name, time in machine.times(calls).items()
+        for name, time in machine.times(ready).items()
     }
+    row["bits_changed"] = [path for path, output in outputs.items() if not torch.equal(output, once[path])]
+    row["not_replayed"] = not_replayed
     row["left_out"] = left_out
     return row
 
@@ -231,7 +259,7 @@ def attention_rows(machine: Machine, kernels: Kernels) -> Iterator[dict[str, Any
 
             read, operations = 2.0 * 2 * keys.numel(), 4.0 * batch * heads * length * size
             floor = 1e6 * max(read / machine.bandwidth, operations / machine.rate)
-            times = machine.times({"qwenforge": ours, "torch sdpa": sdpa})
+            times = machine.times({"qwenforge": machine.replayable(ours), "torch sdpa": machine.replayable(sdpa)})
             yield {
                 "batch": batch,
                 "length": length,
@@ -252,8 +280,8 @@ def kernels_for(torch: Any, library: Path) -> Kernels:
     )
 
 
-def require_gpu(nvcc: str | None) -> Any:
-    """torch, where there is a GPU and a compiler.
+def require_gpu(nvcc: str | Path | None) -> Any:
+    """torch, where there is a GPU and a compiler (or what it would make).
 
     Raises:
         SystemExit: with one sentence on stderr and code 1 where something is missing.
@@ -284,23 +312,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write; 1 where there is no GPU or no compiler."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None,
-        epilog="example: python bench/kernels.py moe --types bf16,int4-128 --tokens 1,8 --json times.json",
+        epilog="example: python -P bench/kernels.py moe --types bf16,int4-128 --tokens 1,8 --json times.json",
     )
     parser.add_argument("part", nargs="?", choices=["moe", "attention", "all"], default="all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after every row")
-    parser.add_argument("--types", type=_names([kind.name for kind in KINDS]), default=KINDS, metavar="TYPE,...")
-    parser.add_argument("--layers", type=_names([layer.name for layer in LAYERS]), default=LAYERS, metavar="LAYER,...")
+    parser.add_argument("--types", type=_named(KINDS), default=KINDS, metavar="TYPE,...", help="in this order")
+    parser.add_argument("--layers", type=_named(LAYERS), default=LAYERS, metavar="LAYER,...", help="in this order")
     parser.add_argument("--tokens", type=_numbers, default=TOKENS, metavar="N,...")
-    parser.add_argument("--routing", type=_names(list(ROUTINGS)), default=ROUTINGS, metavar="uniform,skewed")
+    parser.add_argument("--routing", type=_names(ROUTINGS), default=ROUTINGS, metavar="uniform,skewed")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
+    parser.add_argument("--library", type=Path, metavar="FILE", help="the kernels, compiled before")
     add_compiler_options(parser)
     args = parser.parse_args(arguments)
-    torch = require_gpu(args.nvcc)
-    kinds = [kind for kind in KINDS if kind in args.types or kind.name in args.types]
-    layers = [layer for layer in LAYERS if layer in args.layers or layer.name in args.layers]
+    torch = require_gpu(args.library or args.nvcc)
     with tempfile.TemporaryDirectory() as folder:
-        print("compiling", flush=True)
-        kernels = kernels_for(torch, build(args.nvcc, Path(folder), args.cutlass))
+        if args.library is None:
+            print("compiling", flush=True)
+        library = args.library or build(args.nvcc, Path(folder), args.cutlass)
+        kernels = kernels_for(torch, library)
         machine = Machine(torch, QUICK_ROUNDS if args.quick else ROUNDS)
         report: dict[str, Any] = {
             "gpu": machine.name,
@@ -311,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
             "bf16_rate": machine.rate,
         }
         if args.part != "attention":
-            rows = moe_rows(machine, kernels, layers, kinds, args.tokens, args.routing)
+            rows = moe_rows(machine, kernels, args.layers, args.types, args.tokens, args.routing)
             _collect(report, "moe", rows, args.json)
         if args.part != "moe":
             _collect(report, "attention", attention_rows(machine, kernels), args.json)
@@ -338,6 +367,12 @@ def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
         return names
 
     return parse
+
+
+def _named(known: Sequence[_Named]) -> Callable[[str], list[_Named]]:
+    by_name = {one.name: one for one in known}
+    parse = _names(list(by_name))
+    return lambda text: [by_name[name] for name in parse(text)]
 
 
 def _numbers(text: str) -> list[int]:

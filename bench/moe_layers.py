@@ -173,7 +173,9 @@ def unpacked(torch: Any, experts: Experts, expert: int) -> tuple[Any, Any]:
 
 def reference(torch: Any, layer: Layer, experts: Experts, call: Call) -> Any:
     """The layer in fp32, one pair at a time: for a few tokens. FP8 activations are rounded as the kernels do."""
-    weights, ids = torch.softmax(call.logits.float(), -1).topk(layer.top_k, -1)
+    # Many bf16 logits are equal, and topk takes any of them: the kernels take the lower id.
+    ids = call.logits.argsort(dim=-1, descending=True, stable=True)[:, : layer.top_k]
+    weights = torch.softmax(call.logits.float(), -1).gather(1, ids)
     if layer.normalize:
         weights = weights / weights.sum(-1, keepdim=True)
     scales = experts.activation_scales

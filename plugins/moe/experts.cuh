@@ -7,13 +7,31 @@
 // A block of 8 warps works for one tile of at most kTokens positions and, in the *narrow* kernels (8 or 16 positions), for
 // 32 weight rows, whose columns are divided into 4 *slices*: warp w owns rows 16 (w % 2) .. + 15 of the block in slice
 // w / 2. Many blocks with little to do each keep all of the memory's channels busy when there are few tokens. In the *wide*
-// kernels (48 or 64 positions) it works for 128 rows and one slice: warp w owns rows 16 w .. 16 w + 15.
+// kernels (48 or 64 positions) it works for 128 rows and one slice: warp w owns rows 16 w .. 16 w + 15. Block (x, y) has
+// tile x and the y-th 32 or 128 rows; a block whose x is no tile leaves at once.
 //
-// Columns are taken a step at a time through kStages stages of shared memory, filled by asynchronous copies kStages - 1
-// steps ahead. A stage holds for every slice the block's weight rows, kTokens input rows and, where a step has scales,
-// those of the rows; chunks of 16 bytes are exchanged within a row (placeOf). Rows and columns behind the operands' ends
-// are filled with zeros and never read. One barrier a step is enough: a thread fills the stage that everybody finished
-// reading before that barrier. In the end the slices are added up in their order, by way of the same memory.
+// A lane owns what fragment C gives it (common/mma.cuh): of every 8 positions the positions 2t and 2t + 1 (t = lane % 4) of
+// its warp's rows g and g + 8 (g = lane / 4), four sums. Of the slices' warps, those of slice 0 write the results.
+//
+// Columns are taken a *step* of 32 or 64 at a time (weights.cuh) through kStages stages of shared memory, filled by
+// asynchronous copies kStages - 1 steps ahead. Shared memory is kStages times
+//
+//     weights  [slice] [row of the block] [place] 16 bytes    the step's columns of the block's weight rows
+//     inputs   [slice] [position]         [place] 16 bytes    the same columns of the tile's input rows
+//     scales   [slice] [row of the block] of type T           INT4 alone: of the group that the step lies in
+//
+// where a row's 16-byte chunk c lies at place placeOf(row, c), so that ldmatrix meets no bank twice. Thread i makes the
+// copies i, i + 256, ... of each of the three. One barrier a step is enough: behind it everybody sees the copies that all
+// threads have waited for, and has finished with the stage read in the step before, which is the one that is filled next.
+// In the end the slices are added up in their order, by way of the same memory:
+//
+//     sums     [slice] [warp of a slice] [sum] [lane] fp32
+//
+// Bounds. A copy asks the step at which its row ends (Source) and, past it, or for rows behind the matrix or positions
+// behind the tile, writes zeros without reading; zeros add nothing, also to integers, whose zero point meets inputs of
+// zero. A copy never straddles a row's end, because depth is a multiple of 8 elements of 16 bits or of 64 packed ones: whole
+// chunks. Slice s has the steps s * steps .. s * steps + steps - 1; those behind the last column are zeros as well. Results
+// are written for rows of the matrix and positions of the tile alone.
 
 #pragma once
 
@@ -27,9 +45,9 @@ namespace moe
 
 constexpr int32_t kWarps = 8;
 constexpr int32_t kThreads = kWarps * kWarpSize;
-constexpr int32_t kMostSharedBytes = 47 * 1024;
-constexpr int32_t kMostStages = 6;
-constexpr int32_t kBlocks = 2; // of a multiprocessor, at the least
+constexpr int32_t kMostSharedBytes = 47 * 1024; // a block gets 48 KiB without asking, and two fit SM 86, 89, 120
+constexpr int32_t kMostStages = 6; // an estimate, not measured
+constexpr int32_t kBlocks = 2; // of a multiprocessor, at the least: 128 registers a thread
 
 // What the kernels of one format T and WeightType need to know about a product.
 struct Product
@@ -135,7 +153,7 @@ __device__ __forceinline__ void addSlices(ExpertMemory<F, T, kTokens>& memory, i
     int32_t lane, Sums<kTokens>& sums)
 {
     using L = Layout<F, T, kTokens>;
-    waitForCopies<0>();
+    // Every copy was waited for already: the groups that are still under way are empty.
     __syncthreads(); // nobody reads the stages any more, whose memory this is
     if (slice > 0)
     {

@@ -1,3 +1,14 @@
+// The host's part: checks a call, chooses its path, divides the workspace, and launches, chunk by chunk of 2048 tokens,
+//
+//     routing    routeFew, or routeTokens, countPairs and placePairs                       routing.cuh
+//     products   [quantizeTokens,] projectUp, projectDown                                  experts.cuh
+//                or gatherTokens, a grouped GEMM, activate, a grouped GEMM                 grouped.cuh, cutlass/
+//     sum        combine                                                                   routing.cuh
+//
+// What the host does follows from the shape, the path and the device alone: how the tokens are routed is known on the
+// device only, so that grids are as large as any routing can need, and blocks without a tile leave at once. A kernel reads
+// what kernels before it wrote in the same call, on the same stream, and nothing of an earlier call.
+
 #include "moe/moe.h"
 
 #include "moe/cutlass/grouped_gemm.h"
@@ -26,7 +37,8 @@ int32_t tileTokensOf(MoePath path, WeightType weights) noexcept
     return path == MoePath::kEight ? 8 : path == MoePath::kSixteen ? 16 : wideTokens(weights);
 }
 
-// The most tiles that the experts can need, however the tokens are routed.
+// The most tiles that the experts can need, however the tokens are routed: an expert of n pairs has at most
+// n / tileTokens + 1 of them (rounded down) and none where n is 0, and no more experts have a pair than there are pairs.
 int64_t mostTiles(int64_t pairs, int64_t experts, int32_t tileTokens) noexcept
 {
     return pairs / tileTokens + (pairs < experts ? pairs : experts);

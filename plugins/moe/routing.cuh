@@ -7,6 +7,12 @@
 //   combine      output[token] = sum of weight * partial over its slots        a block 256 channels of a token
 //
 // Nothing is added atomically, so that the same input gives the same bits.
+//
+// Bounds. Slots are at most kMaxTopK + kMaxSharedExperts and tokens those of a chunk, so that pairs and positions fit
+// int32_t. Ids of experts come from this file alone: a token's K are distinct and below E whatever its logits are, because
+// only a free expert is ever chosen and K <= E. Positions are 0 .. P - 1 for the P pairs of stored experts, P <= T * S, and
+// no two pairs share one. An expert of n pairs has ceil(n / tileTokens) tiles of 1 .. tileTokens pairs, all experts
+// together at most mostTiles() of moe.cu, for which the workspace and the grids of the products are made.
 
 #pragma once
 
@@ -29,9 +35,10 @@ constexpr int32_t kSortWarps = kSortThreads / kWarpSize;
 constexpr int32_t kFewPairs = 512;
 constexpr int32_t kCombineThreads = 256;
 
-// Softmax over the logits of a token in fp32 and the K largest, the lower id where two are equal. Lane l owns the logits
-// l, l + 32, ..., l + 224; `taken` has a bit for each of them. NaN is larger than every number here: it gets chosen, its
-// weight is NaN, and ids stay distinct and in range whatever the logits are.
+// The K largest of a token's logits, the lower id where two are equal, and their softmax in fp32. Lane l owns the logits
+// l, l + 32, ..., l + 224, as far as there are experts; `taken` has a bit for each of them. Lane r keeps the expert of rank
+// r. Logits are compared and not probabilities, which rounding or underflow can make equal where the logits are not. NaN is
+// larger than every number here: it gets chosen, and the sum and with it every weight are NaN.
 template <typename T>
 __device__ __forceinline__ void routeToken(
     Routing const& routing, T const* routerLogits, T const* sharedGateLogits, int32_t token)
@@ -39,22 +46,21 @@ __device__ __forceinline__ void routeToken(
     constexpr int32_t kNone = kMaxExperts;
     int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
     T const* const logits = routerLogits + static_cast<int64_t>(token) * routing.experts;
-    float values[kLogitsOfLane];
+    float owned[kLogitsOfLane];
     float largest = -INFINITY;
 #pragma unroll
     for (int32_t i = 0; i < kLogitsOfLane; ++i)
     {
         int32_t const expert = lane + i * kWarpSize;
-        values[i] = expert < routing.experts ? toFloat(logits[expert]) : -INFINITY;
-        largest = isLarger(values[i], largest) ? values[i] : largest;
+        owned[i] = expert < routing.experts ? toFloat(logits[expert]) : -INFINITY;
+        largest = isLarger(owned[i], largest) ? owned[i] : largest;
     }
     largest = warpMax(largest);
     float sum = 0.0f;
 #pragma unroll
     for (int32_t i = 0; i < kLogitsOfLane; ++i)
     {
-        values[i] = lane + i * kWarpSize < routing.experts ? expf(values[i] - largest) : 0.0f;
-        sum += values[i];
+        sum += lane + i * kWarpSize < routing.experts ? expf(owned[i] - largest) : 0.0f;
     }
     sum = warpSum(sum);
 
@@ -71,9 +77,9 @@ __device__ __forceinline__ void routeToken(
         {
             int32_t const expert = lane + i * kWarpSize;
             bool const free = expert < routing.experts && (taken >> i & 1u) == 0;
-            if (free && (bestId == kNone || isLarger(values[i], best)))
+            if (free && (bestId == kNone || isLarger(owned[i], best)))
             {
-                best = values[i];
+                best = owned[i];
                 bestId = expert;
             }
         }
@@ -91,10 +97,11 @@ __device__ __forceinline__ void routeToken(
             }
         }
         taken |= bestId % kWarpSize == lane ? 1u << bestId / kWarpSize : 0u;
-        total += best / sum;
+        float const probability = expf(best - largest) / sum;
+        total += probability;
         if (lane == rank)
         {
-            weight = best / sum;
+            weight = probability;
             id = bestId;
         }
     }
@@ -124,9 +131,11 @@ __global__ void __launch_bounds__(kRouteWarps* kWarpSize)
     }
 }
 
-// One block routes and sorts: warp w the tokens w, w + 8, ..., then thread i the pairs i and i + 256. A pair's position is
-// the number of pairs of lower experts and of earlier pairs of its own; a tile begins at every tileTokens-th pair of an
-// expert, and its number is the number of tiles that begin at lower positions.
+// One block routes and sorts: warp w the tokens w, w + 8, ..., then thread i the pairs i and i + 256, of which there are at
+// most kFewPairs: what the three arrays in shared memory are for, an element a pair. A pair's position is the number of
+// pairs of lower experts and of earlier pairs of its own; a tile begins at every tileTokens-th pair of an expert, and its
+// number is the number of tiles that begin at lower positions. Pairs of foreign experts (-1) are before nobody and begin
+// nothing.
 template <typename T>
 __global__ void __launch_bounds__(kSortThreads) routeFew(Routing routing, T const* routerLogits, T const* sharedGateLogits)
 {

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
+import inspect
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from qwenforge.bench.kernel_library import PLUGINS, AttentionShape, Experts, KernelError, Kernels, Tensor
+from qwenforge.bench.kernel_library import AttentionShape, Experts, KernelError, Kernels, Tensor
 from qwenforge.plugins.moe.packing import pack_float8, pack_int4, pack_int8
-from support import simt
-from support.plugin_library import cuda_folder
-from support.source_tree import ROOT
+from support import emulated_kernels, simt
+from support.emulated_kernels import aligned
+from support.tolerances import FLOAT16
 
 WHY = simt.why_missing() or ("the emulator is tested without a GPU" if simt.ON_GPU else "")
 pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "-")
@@ -24,29 +23,13 @@ TOKENS, HIDDEN, WIDTH, EXPERTS, SHARED, TOP_K = 6, 64, 128, 5, 2, 2
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    cuda = cuda_folder()
-    assert cuda is not None
-    sources = [*PLUGINS.glob("moe/*.cu"), *PLUGINS.glob("attention/*.cu"), PLUGINS / "common" / "kernels_c_api.cpp"]
-    sources += [PLUGINS / "moe" / "cutlass" / "grouped_missing.cpp", ROOT / "tests" / "cpp" / "cuda_stub.cpp"]
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DQWENFORGE_SIMT", f"-I{PLUGINS}"]
-    command += [f"-I{Path(simt.__file__).parent}", "-isystem", str(cuda / "include"), "-x", "c++"]
-    subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
-    return Kernels(library, lambda size: _aligned(size // 2 + 1).view(torch.int8))
-
-
-def _aligned(*size: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Uninitialized, at a multiple of 256 bytes, as CUDA's memory is."""
-    count = int(np.prod(size))
-    space = torch.empty(count * dtype.itemsize + 256, dtype=torch.uint8)
-    start = -space.data_ptr() % 256
-    return space[start : start + count * dtype.itemsize].view(dtype).view(size)
+def kernels() -> Kernels:
+    return emulated_kernels.kernels()
 
 
 def _placed(values: Any) -> torch.Tensor:
     given = torch.as_tensor(values)
-    return _aligned(*given.shape, dtype=given.dtype).copy_(given)
+    return aligned(*given.shape, dtype=given.dtype).copy_(given)
 
 
 def _draw(*size: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -120,6 +103,64 @@ def test_path_follows_the_table(tokens: int, path: str, kernels: Kernels) -> Non
     experts = _experts("float", torch.float16)
     hidden, logits, gates = _draw(tokens, HIDDEN), _draw(tokens, EXPERTS), _draw(tokens, 1)
     assert kernels.moe_path(hidden, logits, experts, _draw(tokens, HIDDEN), gates) == path
+
+
+@pytest.mark.parametrize("weight_type", ["float", "int4", "fp8"])
+@pytest.mark.parametrize("path", ["eight", "wide"])
+def test_workspace_grows_with_tokens_up_to_a_chunk(path: str, weight_type: str) -> None:
+    sizes = []
+
+    def allocate(size: int) -> torch.Tensor:
+        sizes.append(size)
+        return aligned(size // 2 + 1).view(torch.int8)
+
+    kernels, experts = emulated_kernels.kernels(allocate), _experts(weight_type, torch.float16)
+    for tokens in (1, 8, 9, 500, 2047, 2048, 2049, 9000):
+        hidden, logits, gates = aligned(tokens, HIDDEN), aligned(tokens, EXPERTS), aligned(tokens, 1)
+        kernels.prepared_moe(hidden, logits, experts, aligned(tokens, HIDDEN), gates, path)
+    # The last three are the same: the binding keeps a workspace of the size that it has.
+    assert len(sizes) == 6 and sizes == sorted(sizes)
+
+
+def test_weights_beyond_four_gibibytes_are_found(kernels: Kernels) -> None:
+    """Of the last of 256 experts, the only one whose pages are ever touched."""
+    experts, hidden, width = 256, 72, 65536
+    gate_up = np.zeros((experts, 2 * width, hidden), np.float16)
+    down = np.zeros((experts, hidden, width), np.float16)
+    random = np.random.default_rng(0)
+    gate_up[-1] = random.standard_normal((2 * width, hidden), np.float32) * hidden**-0.5
+    down[-1] = random.standard_normal((hidden, width), np.float32) * width**-0.5
+    x, logits, output = _draw(1, hidden), _placed(torch.zeros(1, experts).half()), _draw(1, hidden)
+    logits[0, -1] = 60
+    kernels.moe(x, logits, Experts(gate_up, down, experts, 1), output, path="eight")
+    split = gate_up[-1].astype(np.float64).reshape(-1, 2, 8, hidden) @ x[0].double().numpy()
+    gate, up = split[:, 0].ravel(), split[:, 1].ravel()
+    expected = down[-1].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up)
+    assert np.abs(output[0].double().numpy() - expected).max() < FLOAT16 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("weight_type", ["float", "int8", "int4", "fp8"])
+def test_address_that_is_missing_or_odd_is_refused(weight_type: str) -> None:
+    """Of each tensor that the weights need, and of the workspace; nothing is computed."""
+    kernels, experts = emulated_kernels.kernels(), _experts(weight_type, torch.float16)
+    output = _placed(torch.full((TOKENS, HIDDEN), 7.0).half())
+    call = kernels.prepared_moe(_draw(TOKENS, HIDDEN), _draw(TOKENS, EXPERTS), experts, output, _draw(TOKENS, 1))
+    variables = inspect.getclosurevars(call).nonlocals
+    addresses, space = variables["addresses"], variables["space"]
+    present = [index for index, address in enumerate(addresses) if address]
+    assert len(present) == {"float": 6, "int8": 8, "int4": 8, "fp8": 9}[weight_type]
+    for index in present:
+        right = addresses[index]
+        for wrong in (None, right + 8):
+            addresses[index] = wrong
+            with pytest.raises(KernelError, match=r"returned CUDA error 1$"):
+                call()
+        addresses[index] = right
+    for wrong in (0, space.address + 8):
+        object.__setattr__(space, "address", wrong)
+        with pytest.raises(KernelError, match=r"returned CUDA error 1$"):
+            call()
+    assert (output == 7).all()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwenforge import __version__
-from support.plugin_library import cmake, plugin_library, why_missing
+from support.plugin_library import FOLDER, cmake, plugin_library, why_missing
 from support.source_tree import ROOT
 
 pytestmark = pytest.mark.skipif(bool(why_missing()), reason=why_missing() or "-")
@@ -35,6 +35,16 @@ def test_library_exports_three_functions_and_nothing_else() -> None:
 def test_library_is_linked_to_neither_tensorrt_nor_cuda() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.*?)\]", _output("readelf", "-d", plugin_library()))
     assert needed and not [name for name in needed if re.match(r"lib(nv|cuda|cudart|tensorrt)", name)]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_experts_neither_allocate_nor_wait_nor_read_back() -> None:
+    """All of CUDA's runtime that their objects call beside launches: a call can be captured in a CUDA graph."""
+    plugin_library()
+    objects = sorted((FOLDER / "plugins" / "CMakeFiles" / "qwenforge_kernels.dir" / "moe").glob("*.o"))
+    assert len(objects) == 5
+    called = set(re.findall(r" U (cu[A-Z]\w*|cuda\w*)", _output("nm", "-u", *objects)))
+    assert called == {"cudaGetDevice", "cudaDeviceGetAttribute", "cudaGetLastError"}
 
 
 def test_library_says_its_version() -> None:

@@ -70,7 +70,7 @@ def run(
         KernelError: the process did not end well; its last words are in the message.
     """
     part = 0 if op == "attention" else only
-    program = str(_driver(checked and not ON_GPU, sources, None if ON_GPU else part))
+    program = str(driver(checked and not ON_GPU, sources, None if ON_GPU else part))
     command = [program, str(schedule), op, dtype, *(repr(float(number)) for number in numbers)]
     if ON_GPU and checked and _SANITIZER != "none":
         command = ["compute-sanitizer", "--tool", _SANITIZER, "--error-exitcode", "99", "--quiet", *command]
@@ -93,7 +93,7 @@ def changed_sources(folder: Path, file: str, old: str, new: str) -> Path:
 
 
 @functools.cache
-def _driver(checked: bool, sources: Path | None, only: int | None) -> Path:
+def driver(checked: bool = False, sources: Path | None = None, only: int | None = None) -> Path:
     """The compiled driver, made once for its sources."""
     folder = sources or ROOT / "plugins"
     files = sorted(path for name in _SOURCES for path in (folder / name).rglob("*") if path.suffix in _SUFFIXES)

@@ -51,16 +51,17 @@ cudaError_t cudaGetDevice(int* device)
     *device = 0;
     return cudaSuccess;
 }
-// Stands for CUTLASS's grouped GEMM, which no emulator runs: the same interface, plain loops, sums in double.
+// Stands for CUTLASS's grouped GEMM, which no emulator runs: the same interface, refusals and use of its workspace, but
+// plain loops, and sums in double.
 namespace qwenforge::moe
 {
 bool hasGroupedGemm() noexcept
 {
     return true;
 }
-size_t groupedGemmWorkspaceBytes(int32_t, int32_t multiprocessors) noexcept
+size_t groupedGemmWorkspaceBytes(int32_t experts, int32_t multiprocessors) noexcept
 {
-    return multiprocessors < 2 ? 0 : 256;
+    return experts < 1 || multiprocessors < 2 ? 0 : static_cast<size_t>(64 * experts + 512 * multiprocessors);
 }
 template <typename T>
 void multiplyGroups(GroupedGemm const& gemm)
@@ -86,6 +87,14 @@ void multiplyGroups(GroupedGemm const& gemm)
 }
 cudaError_t launchGroupedGemm(GroupedGemm const& gemm, ElementType type, GroupedTile, cudaStream_t) noexcept
 {
+    size_t const bytes = groupedGemmWorkspaceBytes(gemm.experts, gemm.multiprocessors);
+    if (bytes == 0 || gemm.workspaceBytes < bytes || reinterpret_cast<uintptr_t>(gemm.workspace) % 256 != 0
+        || gemm.rows % 8 != 0 || gemm.depth % 8 != 0 || !isAddress(gemm.inputs) || !isAddress(gemm.weights)
+        || !isAddress(gemm.outputs))
+    {
+        return cudaErrorInvalidValue;
+    }
+    std::memset(gemm.workspace, 0x5a, gemm.workspaceBytes);
     type == ElementType::kFloat16 ? multiplyGroups<__half>(gemm) : multiplyGroups<__nv_bfloat16>(gemm);
     return cudaSuccess;
 }
