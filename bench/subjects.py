@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qwenforge.errors import UserError
+from qwenforge.exporter.cache_argument import cache_argument
 
 Tokens = list[list[int]]
 
@@ -74,11 +75,12 @@ class TransformersSubject:
 
         times = [time.perf_counter()]
         cache = None
+        argument = cache_argument(self._model)
         tokens = torch.tensor(prompts)
         with torch.inference_mode():
             for _ in range(new_tokens):
-                output = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache = output.past_key_values
+                output = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{argument: cache})
+                cache = getattr(output, argument)
                 tokens = output.logits[:, -1:].argmax(-1)
                 times.append(time.perf_counter())
         return times

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge.engine.free_memory import give_back_freed_memory
+from qwenforge.exporter.cache_argument import cache_argument
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.expected_tensors import EMBEDDING, OUTPUT_HEAD
 from qwenforge.exporter.leaves import mapped_array
@@ -100,8 +101,8 @@ class Reference:
                 inputs_embeds=self._embedding(tokens),
                 position_ids=torch.from_numpy(positions),
                 attention_mask=torch.from_numpy(self._mask),
-                past_key_values=self._cache,
                 use_cache=True,
+                **{cache_argument(self._model.model): self._cache},
             ).last_hidden_state
             chosen = torch.from_numpy(index)[:, :, None].expand(-1, -1, hidden.shape[-1])
             return self._logits(hidden.gather(1, chosen))

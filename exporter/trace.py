@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from qwenforge import names
+from qwenforge.exporter.cache_argument import cache_argument
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.config import LayerKind, ModelConfig
 from qwenforge.exporter.weights import cast
@@ -121,6 +122,8 @@ def _with_flat_cache(model: Any) -> torch.nn.Module:
     import torch
     from transformers import DynamicCache
 
+    argument = cache_argument(model)
+
     class FlatCache(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -141,10 +144,10 @@ def _with_flat_cache(model: Any) -> torch.nn.Module:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=True,
+                **{argument: cache},
             )
-            present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+            present = [tensor for layer in getattr(output, argument).layers for tensor in (layer.keys, layer.values)]
             return (output.logits, *present)
 
     return FlatCache().eval()

@@ -85,11 +85,18 @@ Call<kType, T> callOf(
     return call;
 }
 
+// The first part of the workspace.
 size_t rotatedBytes(AttentionShape const& shape) noexcept
 {
-    size_t const used = static_cast<size_t>(shape.batch * shape.sequence * shape.numHeads)
-        * static_cast<size_t>(shape.headSize) * kOperandBytes;
-    return (used + kPartBytes - 1) / kPartBytes * kPartBytes;
+    return static_cast<size_t>(shape.batch * shape.sequence * shape.numHeads) * static_cast<size_t>(shape.headSize)
+        * kOperandBytes;
+}
+
+// Where the second part begins. Between the two there is always something that belongs to neither, so that a sanitizer
+// notices who goes too far.
+size_t partialsAt(AttentionShape const& shape) noexcept
+{
+    return (rotatedBytes(shape) / kPartBytes + 1) * kPartBytes;
 }
 
 template <CacheType kType, typename T>
@@ -115,13 +122,15 @@ template <CacheType kType, typename T>
 cudaError_t launch(AttentionShape const& shape, ElementType type, AttentionTensors const& tensors, void* workspace,
     AttentionPath path, cudaStream_t stream)
 {
+    QWENFORGE_ALLOW(workspace, rotatedBytes(shape));
+    QWENFORGE_FORBID(static_cast<unsigned char*>(workspace) + rotatedBytes(shape), partialsAt(shape) - rotatedBytes(shape));
     int64_t const vectors = shape.batch * shape.sequence * (shape.numHeads + 2 * shape.numKeyValueHeads);
     Call<kType, T> const appended = callOf<kType, T>(shape, type, tensors, workspace);
     QWENFORGE_LAUNCH((rotateAndAppend<kType, T>), dim3(static_cast<unsigned>(ceilDiv(vectors, kAppendWarps))),
         dim3(kAppendThreads), stream, appended);
     using Operand = typename CacheFormat<kType, T>::Operand;
     Call<kType, Operand> const call = callOf<kType, Operand>(shape, type, tensors, workspace);
-    void* const partials = static_cast<unsigned char*>(workspace) + rotatedBytes(shape);
+    unsigned char* const partials = static_cast<unsigned char*>(workspace) + partialsAt(shape);
     switch (path)
     {
     case AttentionPath::kSplit: return launchSplit(call, splitsOf(shape), partials, stream);
@@ -224,7 +233,7 @@ bool checkAttention(AttentionShape const& shape, int32_t sm, Message& problem)
 size_t attentionWorkspaceBytes(AttentionShape const& shape)
 {
     Message problem;
-    return checkAttention(shape, /*sm=*/0, problem) ? rotatedBytes(shape) + partialBytes(shape) : 0;
+    return checkAttention(shape, /*sm=*/0, problem) ? partialsAt(shape) + partialBytes(shape) : 0;
 }
 
 cudaError_t launchAttention(AttentionShape const& shape, ElementType type, AttentionTensors const& tensors,

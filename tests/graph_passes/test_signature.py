@@ -45,6 +45,7 @@ def test_roles_come_from_structure_when_names_are_silent(form: str, swapped: boo
         ("past_key_values.layers.0.keys", "past_key_values.layers.0.values"),
         ("output.past_key_values.layers.0.keys", "output.past_key_values.layers.0.values"),
         ("past_key_values_key_cache_0", "past_key_values_value_cache_0"),
+        ("cache_key_cache_0", "cache_value_cache_0"),
         ("key_cache_0", "value_cache_0"),
         ("past_key_values_key_0", "past_key_values_value_0"),
         ("present_0_k", "present_0_v"),

@@ -1,4 +1,4 @@
-"""Bugs planted in the attention kernels, each found by what the kernels' own tests do: float64, orders of threads, sanitizers."""
+"""Bugs planted in the attention kernels, each found by what the kernels' own tests do."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ CALLS = {
     "plain, window": Call(starts=(9,), sequence=3, size=72, window=5),
     "split": Call(starts=(40, 79), capacity=80, positions=80, heads=12),
     "split, wide": Call(starts=(60,), sequence=2, capacity=62, size=128, heads=14, path="split"),
+    "long rows": Call(starts=(500,) * 7 + (388,), capacity=512, positions=512, heads=4, size=128, path="split"),
     "parts": Call(starts=(700,), capacity=701, positions=701, heads=3, kv_heads=1),
     "parts, int8": Call(starts=(600,), sequence=9, capacity=640, positions=640, heads=8, cache="int8", path="split"),
     "tiled": Call(starts=(31, 0), sequence=40, capacity=80, positions=80, heads=14, path="tiled"),
     "tiled, window": Call(starts=(60,), sequence=70, capacity=130, positions=130, heads=2, window=33, path="tiled"),
+    "tiled, long": Call(starts=(200,), sequence=70, capacity=270, positions=270, heads=2, path="tiled"),
     "packed": Call(starts=(3, 0), sequence=3, packed=True, norm=True, size=128, heads=6),
     "int8": Call(starts=(30, 9), sequence=3, capacity=40, size=128, heads=6, cache="int8"),
     "fp8": Call(starts=(30, 9), sequence=20, capacity=64, heads=14, cache="fp8", path="tiled"),
@@ -115,11 +117,11 @@ BUGS = {
     ),
     "another group of heads": ("plain", PLAIN, "head / call.group;", "head % call.keyValueHeads;"),
     "one key too few": ("plain", PLAIN, "key <= place;", "key < place;"),
-    "copies waited for one turn late": ("split", TILES, "waitForCopies<kStages - 2>", "waitForCopies<kStages - 1>"),
-    "warps do not wait for their copies": ("split", TILES, "        synchronize<kThreads>();\n", ""),
-    "blocks do not wait for their copies": ("tiled", TILES, "        synchronize<kThreads>();\n", ""),
+    "copies waited for one turn late": ("long rows", TILES, "waitForCopies<kStages - 2>", "waitForCopies<kStages - 1>"),
+    "warps do not wait for their copies": ("int8", TILES, "        synchronize<kThreads>();\n", ""),
+    "blocks do not wait for their copies": ("tiled, long", TILES, "        synchronize<kThreads>();\n", ""),
     "stage filled while it is read": (
-        "tiled",
+        "tiled, long",
         TILES,
         "        synchronize<kThreads>();\n        fill(turn + kStages - 1);",
         "        fill(turn + kStages - 1);\n        synchronize<kThreads>();",
@@ -141,8 +143,8 @@ BUGS = {
     "mask left out too early": ("tiled", TILES, "key + count - 1 <= allLast", "key <= allLast"),
     "mask left out where a window begins": ("tiled, window", TILES, "return key >= allFirst && key", "return key"),
     "seen keys skipped": ("tiled, window", TILES, "key + count > someFirst", "key > someFirst"),
-    "sum not rescaled": ("split", TILES, "            sums.values[tile][n][2 * half + 1] *= kept;\n", ""),
-    "weights not rescaled": ("split", TILES, "sums.weight[tile][half] * kept;", "sums.weight[tile][half];"),
+    "sum not rescaled": ("long rows", TILES, "            sums.values[tile][n][2 * half + 1] *= kept;\n", ""),
+    "weights not rescaled": ("long rows", TILES, "sums.weight[tile][half] * kept;", "sums.weight[tile][half];"),
     "maximum of half of the keys": (
         "split",
         TILES,
@@ -222,7 +224,7 @@ def test_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
     case, file, old, new = BUGS[name]
     sources = simt.changed_sources(tmp_path, file, old, new)
     # The sanitizers take longest to compile.
-    attempts = [(schedule, checked) for checked in (False, True) for schedule in (0, 2, 3, 4)]
+    attempts = [(schedule, checked) for checked in (False, True) for schedule in (0, 3, 2, 4)]
     assert any(_is_caught(case, schedule=schedule, checked=checked, sources=sources) for schedule, checked in attempts)
 
 
@@ -232,8 +234,7 @@ def _is_caught(case: str, **options: Any) -> bool:
     except AssertionError:
         return True
     except simt.KernelError as error:
-        assert "do not compile" not in str(error)
-        return True
+        return "do not compile" not in str(error)
     return False
 
 

@@ -34,6 +34,12 @@ CALLS = {
     "more parts than one, wide heads": Call(
         starts=(1000,), capacity=1001, positions=1001, heads=2, kv_heads=1, size=128
     ),
+    "several stages of a warp": Call(
+        starts=(1000, 900, 388, 1), sequence=1, capacity=1024, positions=1024, heads=6, size=128, path="split"
+    ),
+    "several stages of a warp, narrow heads": Call(
+        starts=(1023,) * 12, sequence=1, capacity=1024, positions=1024, heads=2, path="split"
+    ),
     "several tiles of 16": Call(
         starts=(150,), sequence=9, capacity=200, positions=200, heads=8, kv_heads=2, path="split"
     ),

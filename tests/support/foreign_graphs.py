@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from qwenforge.exporter.cache_argument import cache_argument
+
 Exporter = Literal["onnx_exporter_prefill", "onnx_exporter_decode", "dynamo_prefill", "dynamo_cache", "dynamo_flat"]
 """``onnx_exporter_*``: ``transformers.exporters.OnnxExporter.export_for_generation``'s two graphs.
 ``dynamo_*``: plain ``torch.onnx.export(dynamo=True)`` of a prefill, of the unmodified model with a ``DynamicCache``
@@ -159,8 +161,8 @@ def _export_with_dynamo(graph: ForeignGraph) -> ir.Model:
         names["output_names"] = ["logits", *(f"present.{name}" for name in flat)]
     elif graph.exporter == "dynamo_cache":
         tensors = [_empty_cache(model) for _ in range(2 * layers)]
-        arguments["past_key_values"] = _cache_class().of(tensors[:layers], tensors[layers:])
-        shapes["past_key_values"] = [[cache] * layers] * 2
+        arguments[cache_argument(model)] = _cache_class().of(tensors[:layers], tensors[layers:])
+        shapes[cache_argument(model)] = [[cache] * layers] * 2
         target = model
     program = torch.onnx.export(
         target,
@@ -240,16 +242,17 @@ def _flat_wrapper(model: Any) -> Any:
             self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, past: Any = ()
         ) -> tuple[Any, ...]:
             cache = DynamicCache(config=self.model.config)
+            argument = cache_argument(self.model)
             for layer in range(len(past) // 2):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=True,
+                **{argument: cache},
             )
-            caches = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+            caches = [tensor for layer in getattr(output, argument).layers for tensor in (layer.keys, layer.values)]
             return (output.logits, *caches)
 
     return FlatCaches().eval()

@@ -7,13 +7,24 @@
 namespace simt
 {
 
+inline void perform(Copy const& copy)
+{
+    copy.valid ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+}
+
 inline void copyAsync(void* to, void const* from, size_t bytes, bool valid)
 {
     if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (valid && reinterpret_cast<uintptr_t>(from) % bytes != 0))
     {
         fail("an asynchronous copy is not aligned");
     }
-    block()->fibers[static_cast<size_t>(block()->current)].newCopies.push_back({to, from, bytes, valid});
+    Copy const copy{to, from, bytes, valid};
+    if (schedule() % 2 == 1)
+    {
+        perform(copy);
+        return;
+    }
+    block()->fibers[static_cast<size_t>(block()->current)].newCopies.push_back(copy);
 }
 
 inline void commitCopies()
@@ -30,7 +41,7 @@ inline void waitForCopies(size_t pending)
     {
         for (Copy const& copy : fiber.copyGroups.front())
         {
-            copy.valid ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
+            perform(copy);
         }
     }
 }

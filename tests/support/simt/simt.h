@@ -64,7 +64,8 @@ enum class State
     kDone,
 };
 
-// An asynchronous copy that was asked for: it happens when its thread waits for it, as late as it may on a GPU.
+// An asynchronous copy that was asked for: it happens when its thread waits for it, as late as it may on a GPU, and under
+// schedules of odd numbers at once, as early as it may.
 struct Copy
 {
     void* to;
