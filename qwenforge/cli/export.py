@@ -10,9 +10,9 @@ from qwenforge.cli.arguments import (
     add_dtype,
     add_json,
     add_target,
-    add_tensorrt_choice,
+    add_lowering_choice,
     positive_int,
-    tensorrt_choice,
+    lowering_choice,
 )
 from qwenforge.cli.base import EXIT_DONE, Command
 
@@ -61,7 +61,7 @@ class ExportCommand(Command):
         )
         parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers (recorded)")
         parser.add_argument("--verify-passes", action="store_true", help="also compare the graph around every pass")
-        add_tensorrt_choice(parser)
+        add_lowering_choice(parser)
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ class ExportCommand(Command):
             "max_batch": args.max_batch,
             "verify_result": not args.no_verify,
             "verify_passes": args.verify_passes,
-            "choice": tensorrt_choice(args),
+            "choice": lowering_choice(args),
         }
         report = _export_with_progress(args, options)
         if args.json:

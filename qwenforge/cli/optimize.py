@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qwenforge.cli.arguments import add_json, add_target, add_tensorrt_choice, positive_int, tensorrt_choice
+from qwenforge.cli.arguments import add_json, add_target, add_lowering_choice, lowering_choice, positive_int
 from qwenforge.cli.base import EXIT_DONE, EXIT_USER_ERROR, Command
 from qwenforge.errors import GraphError, UserError
 
@@ -48,7 +48,7 @@ class Optimize(Command):
         parser.add_argument(
             "--disable", metavar="RULE", action="append", default=[], help="leave out a rule (may be repeated)"
         )
-        add_tensorrt_choice(parser, weights=False)
+        add_lowering_choice(parser, weights=False)
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ class Optimize(Command):
         from qwenforge.graph_passes.pipeline import optimize
 
         _refuse_output(args.model, args.output)
-        choice = tensorrt_choice(args)
+        choice = lowering_choice(args)
         model = _load(args.model)
         result = optimize(
             model,
