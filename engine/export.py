@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from qwenforge.manifest import (
     Verification,
 )
 from qwenforge.ort_cuda_choice import OrtCudaChoice
+from qwenforge.packages import installed_version
 from qwenforge.reference_logits import ReferenceLogits
 from qwenforge.targets import resolve_dtype
 from qwenforge.tensorrt_choice import TensorRTChoice, needs_plugins
@@ -407,7 +407,7 @@ def _generation_config(source: Checkpoint) -> dict[str, Any]:
 
 
 def _tool_versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in _TOOLS}
+    return {name: installed_version(name) for name in _TOOLS}
 
 
 def _verification(dtype: str, report: VerificationReport | None) -> Verification:

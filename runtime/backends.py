@@ -80,7 +80,7 @@ def cuda_backend(record: OrtCudaRecord, *, library: Path | None = None, gpu: int
     captures = captures_decode(record)
     options = {
         "device_id": str(gpu),
-        # Capture needs the same addresses at each replay, and an arena that grows by doubling would take twice a cache.
+        # An arena that grows by doubling could reserve twice what the largest cache takes.
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1" if captures else "0",
     }

@@ -61,7 +61,7 @@ class Memory(Protocol):
     """Makes the tensors of a session."""
 
     def step_tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StepTensor:
-        """A zero-filled tensor of one step."""
+        """A tensor of one step; its ``array`` is filled with zeros, a device's memory not before the first upload."""
 
     def cache_buffer(self, shape: tuple[int, int, int, int], dtype: np.dtype[Any]) -> CacheBuffer:
         """A zero-filled cache tensor [B, Hk, M, D]."""
