@@ -38,7 +38,6 @@ KERNELS: dict[tuple[str, str], frozenset[ir.DataType]] = {
     ("", "Sigmoid"): _HALVES,
     ("", "Split"): _HALVES,
     ("", "Sub"): _HALVES | _INTEGERS,
-    ("", "Transpose"): _HALVES,
     ("", "Unsqueeze"): _HALVES | _INTEGERS,
     ("com.microsoft", "FusedMatMul"): _HALVES,
     ("com.microsoft", "GroupQueryAttention"): _HALVES,
