@@ -82,10 +82,6 @@ _TARGETS = (
 TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in _TARGETS})
 """Every target that can be exported for, by name."""
 
-PLANNED: Mapping[str, str] = MappingProxyType({})
-"""Targets of the design that are not built yet; asking for one is refused by name."""
-
-
 def available() -> tuple[str, ...]:
     """Names of the targets that can be exported for."""
     return tuple(TARGETS)
@@ -95,14 +91,11 @@ def get(name: str) -> Target:
     """The target called ``name``.
 
     Raises:
-        UnsupportedError: it is planned but not built yet, or unknown.
+        UnsupportedError: there is none.
     """
     if name in TARGETS:
         return TARGETS[name]
-    choices = " or ".join(TARGETS)
-    if name in PLANNED:
-        raise UnsupportedError(f"target {name} ({PLANNED[name]}) is not built yet; use {choices}.")
-    raise UnsupportedError(f"unknown target {name!r}; use {choices}.")
+    raise UnsupportedError(f"unknown target {name!r}; use {' or '.join(TARGETS)}.")
 
 
 def resolve_dtype(target: str, dtype: str | None, device: Device | None = None) -> str:

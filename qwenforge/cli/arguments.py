@@ -24,7 +24,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_target(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """``--target``: where the graph is to run (``args.target``, a str; an unbuilt one is refused by name later)."""
+    """``--target``: where the graph is to run (``args.target``, a str; an unknown one is refused by name later)."""
     known = ", ".join(targets.available())
     parser.add_argument(
         "--target", default=default, metavar="TARGET", help=f"where the graph runs: {known} (default: {default})"

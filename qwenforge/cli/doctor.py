@@ -88,7 +88,7 @@ class DoctorCommand(Command):
 
 
 def assess(packages: Sequence[Package]) -> list[Capability]:
-    """What can be done with ``packages``; targets of the design that are not built yet, if any, are listed as such."""
+    """What can be done with ``packages``."""
     by_name = {package.name: package for package in packages}
     found = []
     for need in _NEEDS:
@@ -100,8 +100,6 @@ def assess(packages: Sequence[Package]) -> list[Capability]:
         else:
             lead = by_name[need.packages[0]]
             found.append(Capability(need.name, True, f"{lead.name} {lead.version}"))
-    for name, what in targets.PLANNED.items():
-        found.append(Capability(f"build and run: target {name}", False, f"{what}: not built yet in {__version__}"))
     return found
 
 
