@@ -147,8 +147,8 @@ class LoweringRecord(_Part):
 class OrtCudaRecord(_Part):
     """What a graph for ONNX Runtime on CUDA is made of.
 
-    ``attention`` and ``moe`` tell whether ONNX Runtime's operators or our custom ops compute them; ``layout_version`` is
-    that of packed weights. ``device`` and ``sm`` name the GPU whose preferences decided, None for any, and ``basis``
+    ``attention`` and ``moe`` tell whether ONNX Runtime's operators or our custom ops compute them; ``layout_version``
+    is that of packed weights. ``device`` and ``sm`` name the GPU whose preferences decided, None for any, and ``basis``
     what the decision rests on; the graph runs on other GPUs as well.
     """
 

@@ -132,4 +132,6 @@ def refuse_tensorrt_flags(**given: object) -> None:
     """
     for flag, value in given.items():
         if value is not None:
-            raise UserError(f"--{flag.replace('_', '-')} belongs to --target tensorrt, not to {ORT_CUDA}; leave it out.")
+            raise UserError(
+                f"--{flag.replace('_', '-')} belongs to --target tensorrt, not to {ORT_CUDA}; leave it out."
+            )

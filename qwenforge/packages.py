@@ -15,7 +15,8 @@ _MODULE_OF = {"onnx-ir": "onnx_ir", "pyyaml": "yaml", "onnxruntime-gpu": "onnxru
 _INSTEAD_OF = {"onnxruntime": "onnxruntime-gpu"}
 """A distribution that brings the same module and more; with both installed, the one installed last is in effect."""
 _REQUIREMENT = re.compile(
-    r"""(?P<name>[\w.-]+) (?:\[[\w,\s-]+\])? \s* (?:>=\s*(?P<minimum>[\w.]+))? [^;]* (?:;.*extra\s*==\s*['"](?P<extra>\w+)['"])? .*""",
+    r"""(?P<name>[\w.-]+) (?:\[[\w,\s-]+\])? \s* (?:>=\s*(?P<minimum>[\w.]+))? [^;]*
+    (?:;.*extra\s*==\s*['"](?P<extra>\w+)['"])? .*""",
     re.VERBOSE,
 )
 
@@ -77,7 +78,7 @@ def inspect_package(name: str, minimum: str, extra: str) -> Package:
 
 
 def installed_version(name: str) -> str:
-    """The version of the distribution ``name``, or of the one that stands in for it; empty when neither is installed."""
+    """The version of the distribution ``name``, or of the one that stands in for it; empty when neither is there."""
     for distribution in (name, _INSTEAD_OF.get(name)):
         if distribution is not None:
             with suppress(metadata.PackageNotFoundError):

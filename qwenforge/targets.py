@@ -55,9 +55,9 @@ _TARGETS = (
         summary="ONNX Runtime on an NVIDIA GPU: com.microsoft operators and our custom ops, key/value cache in place",
         dtypes=("bf16", "fp16"),
         refused={
-            "fp32": "GroupQueryAttention and our custom ops compute in 16 bits on a GPU, with fp32 inside norms, softmax "
-            "and sums, and give fp32 logits; choose bf16 (what Qwen's checkpoints are stored in) or fp16, or --target "
-            "ort-cpu"
+            "fp32": "GroupQueryAttention and our custom ops compute in 16 bits on a GPU, with fp32 inside norms, "
+            "softmax and sums, and give fp32 logits; choose bf16 (what Qwen's checkpoints are stored in) or fp16, or "
+            "--target ort-cpu"
         },
     ),
     Target(
@@ -81,6 +81,7 @@ _TARGETS = (
 
 TARGETS: Mapping[str, Target] = MappingProxyType({target.name: target for target in _TARGETS})
 """Every target that can be exported for, by name."""
+
 
 def available() -> tuple[str, ...]:
     """Names of the targets that can be exported for."""

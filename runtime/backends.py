@@ -107,8 +107,8 @@ def require_cuda() -> str:
     version = onnxruntime.__version__
     if CUDA_PROVIDER not in onnxruntime.get_available_providers():
         raise UserError(
-            f"an ort-cuda bundle needs onnxruntime-gpu, and the onnxruntime {version} installed here is the build for the "
-            f"CPU: {INSTALL_GPU_BUILD}."
+            f"an ort-cuda bundle needs onnxruntime-gpu, and the onnxruntime {version} installed here is the build for "
+            f"the CPU: {INSTALL_GPU_BUILD}."
         )
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_GPU_BUILD:
         raise UserError(
@@ -117,8 +117,8 @@ def require_cuda() -> str:
     gpu = local_gpu()
     if gpu is None:
         raise UserError(
-            "an ort-cuda bundle needs an NVIDIA GPU, and no driver or no GPU is visible here; check nvidia-smi, or export "
-            "the checkpoint with --target ort-cpu."
+            "an ort-cuda bundle needs an NVIDIA GPU, and no driver or no GPU is visible here; check nvidia-smi, or "
+            "export the checkpoint with --target ort-cpu."
         )
     # CUDA's own libraries, where they were installed with pip. What it prints goes nowhere: a session that cannot find
     # one of them says so itself.
@@ -137,6 +137,6 @@ def require_provider(backend: Backend, session: Any) -> None:
     wanted = first[0] if isinstance(first, tuple) else first
     if session.get_providers()[0] != wanted:
         raise UserError(
-            f"ONNX Runtime could not load its {wanted}: the libraries of CUDA 13 (cuBLAS, cuRAND, cudart) and cuDNN 9 have "
-            "to be installed; pip install 'onnxruntime-gpu[cuda,cudnn]' brings them."
+            f"ONNX Runtime could not load its {wanted}: the libraries of CUDA 13 (cuBLAS, cuRAND, cudart) and cuDNN 9 "
+            "have to be installed; pip install 'onnxruntime-gpu[cuda,cudnn]' brings them."
         )

@@ -1,8 +1,8 @@
 """The key/value cache: buffers allocated once, bound in place as the graph's past inputs and present outputs.
 
-Each tensor is one [B, Hk, M, D] buffer, in host memory or on a device (:mod:`qwenforge.runtime.memory`). A range of rows
-is itself contiguous, so a step can be bound to some rows of a larger cache without a copy. Memory is zero-filled; on the
-host the operating system commits it on first write: unused capacity costs address space there, not RAM.
+Each tensor is one [B, Hk, M, D] buffer, in host memory or on a device (:mod:`qwenforge.runtime.memory`). A range of
+rows is itself contiguous, so a step can be bound to some rows of a larger cache without a copy. Memory is zero-filled;
+on the host the operating system commits it on first write: unused capacity costs address space there, not RAM.
 """
 
 from __future__ import annotations

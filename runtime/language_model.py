@@ -267,7 +267,9 @@ def _backend(manifest: Manifest, path: str | Path, library: Path | None, gpu: in
     if manifest.target != ORT_CUDA:
         return cpu_backend()
     if manifest.ort_cuda is None:
-        raise BundleError(f"{path}: the manifest does not say what its ort-cuda graph is made of; export the bundle again")
+        raise BundleError(
+            f"{path}: the manifest does not say what its ort-cuda graph is made of; export the bundle again"
+        )
     if gpu < 0:
         raise UserError(f"gpu is {gpu}: give the number of a GPU, from 0 on")
     return cuda_backend(manifest.ort_cuda, library=library, gpu=gpu)

@@ -2,8 +2,8 @@
 
 A session binds addresses. A :class:`StepTensor` is a small one that Python writes before a step or reads after it;
 a :class:`CacheBuffer` is one layer's keys or values, which Python only moves by rows. On the host both are NumPy arrays
-that ONNX Runtime reads and writes in place. On a device they are OrtValues; a step tensor has an array beside it, copied
-by ``upload`` and ``download``, which do nothing on the host.
+that ONNX Runtime reads and writes in place. On a device they are OrtValues; a step tensor has an array beside it,
+copied by ``upload`` and ``download``, which do nothing on the host.
 
 :class:`DeviceMemory` takes the name of the device as ONNX Runtime spells it. With ``cpu`` it keeps separate buffers all
 the same, so that everything about it but the GPU can be run on a machine without one.
@@ -120,8 +120,8 @@ class DeviceMemory:
     Args:
         device: as ONNX Runtime spells it, such as ``cuda``.
         device_index: which one of them.
-        providers: what a session on that device is made with; rows are copied by a session of one Identity node, because
-            ONNX Runtime's Python interface copies whole OrtValues only.
+        providers: what a session on that device is made with; rows are copied by a session of one Identity node,
+            because ONNX Runtime's Python interface copies whole OrtValues only.
     """
 
     def __init__(self, device: str, device_index: int, providers: list[Any]) -> None:
@@ -194,7 +194,9 @@ class _Copier:
 
         self._device, self._device_index = device, device_index
         values = [helper.make_tensor_value_info(name, TensorProto.UINT8, ["bytes"]) for name in ("source", "target")]
-        graph = helper.make_graph([helper.make_node("Identity", ["source"], ["target"])], "copy", values[:1], values[1:])
+        graph = helper.make_graph(
+            [helper.make_node("Identity", ["source"], ["target"])], "copy", values[:1], values[1:]
+        )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4

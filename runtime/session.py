@@ -4,9 +4,9 @@ A :class:`BoundStep` owns the small input tensors and the logits of one shape an
 and present alike: running it again copies nothing but what the caller writes into those inputs and, from a device, the
 logits.
 
-On a GPU a step of single tokens is captured as a CUDA graph where the backend says so. ONNX Runtime does that in the first
-run of a ``gpu_graph_id``, which it repeats until the graph is captured: a step may be repeated, since it writes the same
-keys and values to the same places. The inputs keep their addresses, so that the next runs replay what was captured.
+On a GPU a step of single tokens is captured as a CUDA graph where the backend says so. ONNX Runtime does that in the
+first run of a ``gpu_graph_id``, which it repeats until the graph is captured: a step may be repeated, since it writes
+the same keys and values to the same places. The inputs keep their addresses, so that the next runs replay the graph.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _cache_dtype(kind: str) -> np.dtype[np.floating]:
     import ml_dtypes
 
     known = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16}
-    return np.dtype(known[kind])
+    dtype: np.dtype[np.floating] = np.dtype(known[kind])
+    return dtype
 
 
 class GraphSession:
@@ -154,8 +155,8 @@ class GraphSession:
         if len(types) != 1 or not types <= set(self.backend.cache_types):
             runs = " or ".join(kind.removeprefix("tensor(").removesuffix(")") for kind in self.backend.cache_types)
             raise BundleError(
-                f"{self.model_path}: the cache is {', '.join(sorted(types))}, {self.backend.name} runs {runs}; export with "
-                f"--dtype {self.backend.other_dtype}"
+                f"{self.model_path}: the cache is {', '.join(sorted(types))}, {self.backend.name} runs {runs}; export "
+                f"with --dtype {self.backend.other_dtype}"
             )
         return tuple(tensors), _cache_dtype(types.pop())
 
@@ -241,7 +242,13 @@ class BoundStep:
     """
 
     def __init__(
-        self, session: GraphSession, cache: KeyValueCache, first_row: int, batch: int, new_tokens: int, logits_count: int
+        self,
+        session: GraphSession,
+        cache: KeyValueCache,
+        first_row: int,
+        batch: int,
+        new_tokens: int,
+        logits_count: int,
     ) -> None:
         self._session = session
         self._cache = cache

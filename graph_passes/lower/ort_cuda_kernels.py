@@ -6,8 +6,8 @@ alone, with ``session.disable_cpu_ep_fallback``, in fp16 and in bf16 (``tests/su
 
 On the CPU by intention, once a model and never once a layer: ``Shape``, whose result is in host memory, and the few
 integer operators behind it, which make the shapes of Reshape and, for ``GroupQueryAttention``, the lengths from
-``cache_position``. ONNX Runtime moves such chains there by itself, because ``total_sequence_length`` and shapes are read
-by the host anyhow; the one copy to the device is of [B] integers.
+``cache_position``. ONNX Runtime moves such chains there by itself, because ``total_sequence_length`` and shapes are
+read by the host anyhow; the one copy to the device is of [B] integers.
 """
 
 from __future__ import annotations

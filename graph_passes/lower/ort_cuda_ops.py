@@ -1,6 +1,7 @@
 """Our kernels as custom ops of ONNX Runtime: the nodes of plugins/*/op.yaml, without what TensorRT's parser needs.
 
-Inputs stand at their places in the op.yaml; one that the attributes make absent is an empty name or left out at the end.
+Inputs stand at their places in the op.yaml; one that the attributes make absent is an empty name, or left out at the
+end.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class PluginAttention(FusionPass):
 
 
 def attention_fields(call: ir.Node, head_size: int) -> dict[str, int | float]:
-    """The fields of ``QwenForgeAttention`` for the portable function ``call``: q, k and v apart, a cache as the tokens."""
+    """The fields of ``QwenForgeAttention`` for the function ``call``: q, k and v apart, a cache typed as the tokens."""
     return {
         "num_heads": call.attributes["num_heads"].as_int(),
         "num_key_value_heads": call.attributes["num_key_value_heads"].as_int(),

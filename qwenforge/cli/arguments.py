@@ -95,7 +95,7 @@ def add_plugin_library(parser: argparse.ArgumentParser) -> None:
         "--plugin-library",
         type=Path,
         metavar="FILE",
-        help="libqwenforge_ort.so, for ort-cuda bundles (default: QWENFORGE_ORT_LIBRARY, or where 'make plugins' puts it)",
+        help="libqwenforge_ort.so, for ort-cuda bundles (default: QWENFORGE_ORT_LIBRARY, or what 'make plugins' built)",
     )
 
 

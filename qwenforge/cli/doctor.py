@@ -104,7 +104,7 @@ def assess(packages: Sequence[Package]) -> list[Capability]:
 
 
 def assess_ort_cuda() -> list[Capability]:
-    """Whether ort-cuda bundles run here: onnxruntime-gpu, its CUDA provider, a GPU; and the library of our custom ops."""
+    """Whether ort-cuda bundles run here: onnxruntime-gpu, its CUDA provider, a GPU; and our custom ops' library."""
     from qwenforge.engine.ort_library import find_ort_library
     from qwenforge.errors import UserError
     from qwenforge.runtime.backends import require_cuda

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from qwenforge.cli.arguments import (
     add_dtype,
     add_json,
-    add_target,
     add_lowering_choice,
-    positive_int,
+    add_target,
     lowering_choice,
+    positive_int,
 )
 from qwenforge.cli.base import EXIT_DONE, Command
 

@@ -26,8 +26,8 @@ class Run(Command):
     help: ClassVar[str] = "generate text with a bundle"
     description: ClassVar[str] = (
         "Continue texts, or answer a chat message, with a bundle made by 'qwenforge export'. Text appears as it is "
-        "generated. The best token is always chosen unless --temperature is given. Bundles for ort-cpu and portable run "
-        "on the CPU, those for ort-cuda on an NVIDIA GPU with onnxruntime-gpu."
+        "generated. The best token is always chosen unless --temperature is given. Bundles for ort-cpu and portable "
+        "run on the CPU, those for ort-cuda on an NVIDIA GPU with onnxruntime-gpu."
     )
     example: ClassVar[str] = """
 qwenforge run ./qwen2-bundle --prompt "Once upon a time" --max-new-tokens 64

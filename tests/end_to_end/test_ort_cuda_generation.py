@@ -1,7 +1,7 @@
 """ort-cuda bundles that generate: real ONNX Runtime on the CPU, the kernels of our custom ops emulated.
 
 The bundle is what an export writes for a GPU, in fp16, which ONNX Runtime's CPU kernels have too; the runtime takes the
-GPU's path with the CPU in its place. The example checkpoint is trained, so that its best token is not decided by rounding.
+GPU's path with the CPU in its place. The example checkpoint is trained, so that rounding does not choose its tokens.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ _FOLDER = TemporaryDirectory()
 def _bundle(target: str, **wishes: Any) -> Path:
     path = Path(_FOLDER.name) / "-".join([target, *wishes.values()])
     choice = lowering_choice.choose(target, **wishes)
-    export_checkpoint(
-        CHECKPOINT, path, target=target, dtype="fp16", max_length=128, choice=choice, verify_result=False
-    )
+    export_checkpoint(CHECKPOINT, path, target=target, dtype="fp16", max_length=128, choice=choice, verify_result=False)
     return path
 
 
@@ -68,9 +66,7 @@ def _generate(model: LanguageModel) -> GenerationResult:
 
 
 @pytest.mark.parametrize("attention", ["native", "plugin"])
-def test_bundle_with_our_ops_generates_the_tokens_of_ort_cpu(
-    attention: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundle_with_our_ops_generates_the_tokens_of_ort_cpu(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch of unequal lengths, one prompt in chunks, caches in place, rows that end early."""
     if attention == "plugin" and not _has_attention(emulated_library()):
         pytest.skip("the library of ONNX Runtime's custom ops does not hold QwenForgeAttention yet")

@@ -1,4 +1,4 @@
-"""The path of a GPU, with the CPU in its place: buffers apart from Python's arrays, copied only where the code says so."""
+"""The path of a GPU, with the CPU in its place: buffers apart from Python's arrays, copied where the code says so."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def load_on_device(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 def test_batch_of_unequal_lengths_equals_the_host(
     model: LanguageModel, load_on_device: Callable[..., LanguageModel], host_inputs: tuple[str, ...]
 ) -> None:
-    """Four rows, two of one prompt (rows are copied), one ended early (rows move up), and one more than a chunk long."""
+    """Six rows, two of each prompt (rows are copied), some ended early (rows move up), one longer than a chunk."""
     other = load_on_device(host_inputs)
     prompts = [np.random.default_rng(length).integers(0, 256, length).tolist() for length in (3, 40, 9)]
     for each in (model, other):

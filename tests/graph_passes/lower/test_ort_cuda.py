@@ -1,4 +1,4 @@
-"""The ort-cuda lowering against the portable form, our custom ops run from their reference bodies; size and operators."""
+"""The ort-cuda lowering against the portable form, our ops run from their reference bodies; size and operators."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_dense_layer_with_our_attention_consists_of_these_operators() -> None:
 def test_exported_layers_have_no_more_nodes_than_on_the_cpu(
     kind: Kind, config: dict[str, Any], sizes: list[int]
 ) -> None:
-    """With our attention; qwen3's norms and rotations of q and k are in it, its projections one product without bias."""
+    """With our attention; qwen3's norms and rotations of q and k are in it, its projections one product, no bias."""
     portable = exported(kind, **config)
     found = [len(layer) for layer in _by_layer(_lowered(portable.portable()))]
     on_cpu = [len(layer) for layer in _by_layer(lower(portable.portable(), "ort-cpu"))]
@@ -173,7 +173,9 @@ def test_vocabulary_is_projected_for_the_wanted_tokens_only() -> None:
     assert table is not None and {node.op_type for node, _ in table.uses()} == {"Gather", "FusedMatMul"}
 
 
-@pytest.mark.parametrize("name", ["window in the upper layer", "norms of heads", "experts renormalized, norms of heads"])
+@pytest.mark.parametrize(
+    "name", ["window in the upper layer", "norms of heads", "experts renormalized, norms of heads"]
+)
 def test_our_nodes_are_what_their_description_says(name: str) -> None:
     """Attributes, and inputs at their places: nothing where the attributes make one absent, none left at the end."""
     lowered = _lowered(_portable(name)[0].clone())
