@@ -1,11 +1,11 @@
 """ONNX Runtime on an NVIDIA GPU: the rules in order, by :class:`~qwenforge.ort_cuda_choice.OrtCudaChoice`.
 
 The graph is ort-cpu's but for attention and experts where our custom ops compute them. What ONNX Runtime's own CUDA
-kernels are like was read in its sources (1.31):
+kernels are like was read in its sources:
 
-* ``GroupQueryAttention`` takes fp16 and bf16, heads whose size is a multiple of 8 and at most 256, and rotates those
-  whose size is a multiple of 16; several new tokens against part-filled caches are refused for more than one row, as on
-  the CPU. ``seqlens_k`` is read on the device, ``total_sequence_length`` on the host. Past and present share a buffer when they
+* ``GroupQueryAttention`` takes fp16 and bf16, heads whose size is a multiple of 8, and rotates those whose size is a
+  multiple of 16; several new tokens against part-filled caches are refused for more than one row, as on the CPU.
+  ``seqlens_k`` is read on the device, ``total_sequence_length`` on the host. Past and present share a buffer when they
   are bound to one.
 * ``MoE`` softmaxes the logits over all experts and scales the chosen ones only if ``normalize_routing_weights`` is set,
   as Qwen2-MoE wants it. No result of it has been seen here: its kernels need a GPU.
