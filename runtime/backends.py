@@ -22,6 +22,8 @@ from qwenforge.runtime.memory import CUDA, DeviceMemory, HostMemory, Memory
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CPU_PROVIDER = "CPUExecutionProvider"
 
+_FATAL = 4
+
 OLDEST_GPU_BUILD = (1, 31)
 """The oldest onnxruntime-gpu with bf16 kernels for all operators of an ort-cuda graph."""
 
@@ -84,11 +86,14 @@ def cuda_backend(record: OrtCudaRecord, *, library: Path | None = None, gpu: int
         "arena_extend_strategy": "kSameAsRequested",
         "enable_cuda_graph": "1" if captures else "0",
     }
+    memory = DeviceMemory(CUDA, gpu, [(CUDA_PROVIDER, {"device_id": str(gpu)}), CPU_PROVIDER])
+    # Before the bundle's session: without its provider, that would complain of a node that the CPU cannot run.
+    require_provider(CUDA_PROVIDER, memory.providers)
     return Backend(
         name="ONNX Runtime on CUDA",
         # The CPU has the few nodes that compute shapes and lengths (graph_passes/lower/ort_cuda_kernels.py).
         providers=[(CUDA_PROVIDER, options), CPU_PROVIDER],
-        memory=DeviceMemory(CUDA, gpu, [(CUDA_PROVIDER, {"device_id": str(gpu)}), CPU_PROVIDER]),
+        memory=memory,
         cache_types=("tensor(float16)", "tensor(bfloat16)"),
         other_dtype="bf16",
         library=found.path if found is not None else None,
@@ -120,22 +125,21 @@ def require_cuda() -> str:
             "an ort-cuda bundle needs an NVIDIA GPU, and no driver or no GPU is visible here; check nvidia-smi, or "
             "export the checkpoint with --target ort-cpu."
         )
-    # CUDA's own libraries, where they were installed with pip. What it prints goes nowhere: a session that cannot find
-    # one of them says so itself.
+    # CUDA's own libraries, where they were installed with pip. What this prints, and what ONNX Runtime logs of a provider
+    # that cannot find one of them, goes nowhere: require_provider says it in a sentence.
+    onnxruntime.set_default_logger_severity(_FATAL)
     with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls(directory="")
     return f"onnxruntime {version} on {gpu.name} (SM {gpu.sm})"
 
 
-def require_provider(backend: Backend, session: Any) -> None:
-    """Refuse a session that ONNX Runtime made without the provider that ``backend`` asked for first.
+def require_provider(wanted: str, found: list[str]) -> None:
+    """Refuse a session that ONNX Runtime made with the providers ``found``, the first of which is not ``wanted``.
 
     Raises:
         UserError: the provider did not load, and ONNX Runtime went on with the next one.
     """
-    first = backend.providers[0]
-    wanted = first[0] if isinstance(first, tuple) else first
-    if session.get_providers()[0] != wanted:
+    if found[0] != wanted:
         raise UserError(
             f"ONNX Runtime could not load its {wanted}: the libraries of CUDA 13 (cuBLAS, cuRAND, cudart) and cuDNN 9 "
             "have to be installed; pip install 'onnxruntime-gpu[cuda,cudnn]' brings them."

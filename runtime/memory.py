@@ -128,6 +128,11 @@ class DeviceMemory:
         self._device, self._device_index = device, device_index
         self._copier = _Copier(device, device_index, providers)
 
+    @property
+    def providers(self) -> list[str]:
+        """Those that ONNX Runtime did make a session with; it goes on without one that does not load."""
+        return self._copier.providers
+
     def step_tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StepTensor:
         """See :class:`Memory`."""
         return _DeviceTensor(shape, dtype, self._device, self._device_index)
@@ -201,6 +206,10 @@ class _Copier:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+
+    @property
+    def providers(self) -> list[str]:
+        return list(self._session.get_providers())
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy ``count`` bytes; the two ranges do not overlap."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from qwenforge import names
 from qwenforge.errors import BundleError, UserError
-from qwenforge.runtime.backends import Backend, cpu_backend, require_provider
+from qwenforge.runtime.backends import Backend, cpu_backend
 from qwenforge.runtime.kv_cache import CacheTensor, KeyValueCache
 from qwenforge.runtime.memory import CPU, CacheBuffer, StepTensor
 
@@ -62,7 +62,7 @@ class GraphSession:
     Raises:
         BundleError: the model cannot be loaded, or its signature is not the one of :mod:`qwenforge.names`, or it has
             another vocabulary.
-        UserError: ``threads`` is less than 1, or the backend's provider does not load.
+        UserError: ``threads`` is less than 1.
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class GraphSession:
             raise BundleError(
                 f"{self.model_path}: ONNX Runtime cannot load the model: {_first_line(error)}; export the bundle again"
             ) from error
-        require_provider(self.backend, self._session)
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
         self._require_signature(inputs, outputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import onnxruntime
 import pytest
@@ -13,7 +12,7 @@ from qwenforge import ort_cuda_choice
 from qwenforge.engine.tensorrt.gpu import LocalGpu
 from qwenforge.errors import BundleError, UserError
 from qwenforge.runtime import backends, load
-from qwenforge.runtime.backends import CPU_PROVIDER, CUDA_PROVIDER, cuda_backend, require_cuda, require_provider
+from qwenforge.runtime.backends import CPU_PROVIDER, CUDA_PROVIDER, cuda_backend, require_cuda
 from support.bundle_builder import write_bundle
 
 OURS = ort_cuda_choice.choose(attention="plugin").record(routed=True)
@@ -25,6 +24,7 @@ def _gpu_build(monkeypatch: pytest.MonkeyPatch, version: str = "1.31.1", gpu: bo
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA_PROVIDER, CPU_PROVIDER])
     monkeypatch.setattr(onnxruntime, "__version__", version)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **_: print("noise"))
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", lambda _: None)
     monkeypatch.setattr(backends, "local_gpu", lambda: LocalGpu("H200", 90, 1 << 37, "13.0") if gpu else None)
 
 
@@ -56,7 +56,7 @@ def test_gpu_and_version_are_told_and_nothing_is_printed(
 
 def test_missing_library_is_refused_and_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     _gpu_build(monkeypatch)
-    monkeypatch.setattr(backends, "DeviceMemory", lambda *_: None)
+    monkeypatch.setattr(backends, "DeviceMemory", lambda *_: SimpleNamespace(providers=[CUDA_PROVIDER]))
     monkeypatch.setattr("qwenforge.engine.ort_library._PLACES", ())
     monkeypatch.delenv("QWENFORGE_ORT_LIBRARY", raising=False)
     with pytest.raises(UserError, match=r"libqwenforge_ort\.so, which was not found: build it with 'make plugins'"):
@@ -68,7 +68,7 @@ def test_missing_library_is_refused_and_only_where_it_is_needed(monkeypatch: pyt
 
 def test_capture_is_asked_for_where_our_op_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     _gpu_build(monkeypatch)
-    monkeypatch.setattr(backends, "DeviceMemory", lambda *_: None)
+    monkeypatch.setattr(backends, "DeviceMemory", lambda *_: SimpleNamespace(providers=[CUDA_PROVIDER]))
     found = SimpleNamespace(path=Path("/lib/libqwenforge_ort.so"))
     monkeypatch.setattr(backends, "find_ort_library", lambda _: found)
     for record, captured in ((OURS, True), (NATIVE, False)):
@@ -78,13 +78,12 @@ def test_capture_is_asked_for_where_our_op_attends(monkeypatch: pytest.MonkeyPat
         assert backend.captures_decode == captured and backend.providers[1:] == [CPU_PROVIDER]
 
 
-def test_session_that_went_on_without_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provider_that_did_not_load_is_refused_before_the_bundle_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime prints a warning and takes the next provider when CUDA's libraries are missing."""
     _gpu_build(monkeypatch)
-    monkeypatch.setattr(backends, "DeviceMemory", lambda *_: None)
-    session: Any = SimpleNamespace(get_providers=lambda: [CPU_PROVIDER])
+    monkeypatch.setattr(backends, "DeviceMemory", lambda *_: SimpleNamespace(providers=[CPU_PROVIDER]))
     with pytest.raises(UserError, match=r"could not load its CUDAExecutionProvider: .*onnxruntime-gpu\[cuda,cudnn\]"):
-        require_provider(cuda_backend(NATIVE), session)
+        cuda_backend(NATIVE)
 
 
 def test_bundle_is_loaded_for_its_own_target(tmp_path: Path) -> None:
