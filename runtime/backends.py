@@ -125,8 +125,8 @@ def require_cuda() -> str:
             "an ort-cuda bundle needs an NVIDIA GPU, and no driver or no GPU is visible here; check nvidia-smi, or "
             "export the checkpoint with --target ort-cpu."
         )
-    # CUDA's own libraries, where they were installed with pip. What this prints, and what ONNX Runtime logs of a provider
-    # that cannot find one of them, goes nowhere: require_provider says it in a sentence.
+    # CUDA's own libraries, where they were installed with pip. What this prints, and what ONNX Runtime logs of a
+    # provider that cannot find one of them, goes nowhere: require_provider says it in a sentence.
     onnxruntime.set_default_logger_severity(_FATAL)
     with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls(directory="")

@@ -85,13 +85,16 @@ def _generate_batch(
     needed = max(len(sequence.prompt) + sequence.new_tokens_limit for sequence in sequences)
     capacity = session.fixed_capacity or rounded_capacity(needed, max_length)
     cache = session.new_cache(len(sequences), capacity)
-    logits = prefill(session, cache, ordered, chunk)
+    try:
+        logits = prefill(session, cache, ordered, chunk)
 
-    running = _assign_rows(cache, sequences, row_of, len(ordered))
-    for sequence in running:
-        yield sequence.extend(logits[row_of[id(sequence.prompt)]])
-    while running := _compact(cache, running):
-        yield from _decode(session, cache, running)
+        running = _assign_rows(cache, sequences, row_of, len(ordered))
+        for sequence in running:
+            yield sequence.extend(logits[row_of[id(sequence.prompt)]])
+        while running := _compact(cache, running):
+            yield from _decode(session, cache, running)
+    finally:
+        session.release_cache(cache)
 
 
 def _assign_rows(
@@ -123,12 +126,9 @@ def _compact(cache: KeyValueCache, rows: list[RunningSequence]) -> list[RunningS
 def _decode(session: GraphSession, cache: KeyValueCache, running: list[RunningSequence]) -> Iterator[TokenEvent]:
     """Steps of one token a sequence, until one of them ends."""
     step = session.bind(cache, first_row=0, batch=len(running), new_tokens=1, logits_count=1)
-    try:
-        while all(sequence.finish_reason is None for sequence in running):
-            step.input_ids[:, 0] = [sequence.tokens[-1] for sequence in running]
-            step.advance_positions(np.array([sequence.cached for sequence in running], np.int64))
-            logits = step.run()
-            for row, sequence in enumerate(running):
-                yield sequence.extend(logits[row, 0])
-    finally:
-        step.close()
+    while all(sequence.finish_reason is None for sequence in running):
+        step.input_ids[:, 0] = [sequence.tokens[-1] for sequence in running]
+        step.advance_positions(np.array([sequence.cached for sequence in running], np.int64))
+        logits = step.run()
+        for row, sequence in enumerate(running):
+            yield sequence.extend(logits[row, 0])

@@ -6,7 +6,8 @@ logits.
 
 On a GPU a step of single tokens is captured as a CUDA graph where the backend says so. ONNX Runtime does that in the
 first run of a ``gpu_graph_id``, which it repeats until the graph is captured: a step may be repeated, since it writes
-the same keys and values to the same places. The inputs keep their addresses, so that the next runs replay the graph.
+the same keys and values to the same places. The inputs keep their addresses, so that the next runs replay the graph, in
+later calls too (:mod:`qwenforge.runtime.cache_pool`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from qwenforge import names
 from qwenforge.errors import BundleError, UserError
 from qwenforge.runtime.backends import Backend, cpu_backend
+from qwenforge.runtime.cache_pool import CachePool
 from qwenforge.runtime.kv_cache import CacheTensor, KeyValueCache
 from qwenforge.runtime.memory import CPU, CacheBuffer, StepTensor
 
@@ -109,6 +111,7 @@ class GraphSession:
         self._graph_ids = itertools.count(1)
         # ONNX Runtime: no two runs at once of a session that captures.
         self._one_at_a_time = threading.Lock() if self.backend.captures_decode else None
+        self._pool = CachePool[BoundStep](self._allocate_cache) if self.backend.captures_decode else None
 
     def _require_signature(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Refuse a graph without the step's inputs and logits, or with other types or numbers of dimensions of them."""
@@ -171,7 +174,18 @@ class GraphSession:
         return int(size)
 
     def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """Allocate a cache of ``batch`` rows of ``capacity`` tokens."""
+        """A cache of ``batch`` rows of ``capacity`` tokens, or more where one is kept for captured steps.
+
+        It is zero-filled, or holds what an earlier call left, which no token of this one sees.
+        """
+        return self._pool.take(batch, capacity) if self._pool is not None else self._allocate_cache(batch, capacity)
+
+    def release_cache(self, cache: KeyValueCache) -> None:
+        """The caller is done with ``cache``, which came from :meth:`new_cache`."""
+        if self._pool is not None:
+            self._pool.give_back(cache)
+
+    def _allocate_cache(self, batch: int, capacity: int) -> KeyValueCache:
         return KeyValueCache(
             self.cache_tensors, batch=batch, capacity=capacity, dtype=self.cache_dtype, memory=self.backend.memory
         )
@@ -180,7 +194,10 @@ class GraphSession:
         self, cache: KeyValueCache, *, first_row: int, batch: int, new_tokens: int, logits_count: int
     ) -> BoundStep:
         """A step of ``new_tokens`` tokens for ``batch`` rows of ``cache`` that begin at ``first_row``."""
-        return BoundStep(self, cache, first_row, batch, new_tokens, logits_count)
+        shape = (first_row, batch, new_tokens, logits_count)
+        if self._pool is not None and self._pool.keeps(cache) and shape == (0, batch, 1, 1):
+            return self._pool.step(batch, lambda: BoundStep(self, cache, *shape, next(self._graph_ids)))
+        return BoundStep(self, cache, *shape, _NO_CAPTURE)
 
     def input_tensor(self, name: str, shape: tuple[int, ...]) -> StepTensor:
         """A tensor for the int64 input ``name``, in the memory from which the graph reads it.
@@ -194,12 +211,8 @@ class GraphSession:
     def _memory_of_inputs(self) -> list[str]:
         return [str(info.name).lower() for info in self._session.get_input_memory_infos()]
 
-    def next_graph_id(self, *, capture: bool) -> int:
-        """The ``gpu_graph_id`` of a new step; one that is never captured has -1."""
-        return next(self._graph_ids) if capture and self.backend.captures_decode else _NO_CAPTURE
-
     def release_graph(self, graph_id: int) -> None:
-        """Let go of what was captured under ``graph_id``."""
+        """Let go of what was captured under ``graph_id``, where ONNX Runtime can."""
         if graph_id != _NO_CAPTURE:
             self._session.release_captured_graph(graph_id)
 
@@ -248,10 +261,11 @@ class BoundStep:
         batch: int,
         new_tokens: int,
         logits_count: int,
+        graph_id: int,
     ) -> None:
         self._session = session
         self._cache = cache
-        self._graph_id = session.next_graph_id(capture=new_tokens == 1)
+        self._graph_id = graph_id
         tokens, count = (batch, new_tokens), (batch, logits_count)
         shapes = dict(zip(_STEP_INPUTS, (tokens, tokens, (batch,), count), strict=True))
         self._inputs = {name: session.input_tensor(name, shape) for name, shape in shapes.items()}

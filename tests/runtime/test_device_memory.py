@@ -27,15 +27,20 @@ class _Recorded:
 
     def __init__(self, session: Any) -> None:
         self.session = session
-        self.runs: list[tuple[int, int]] = []
+        self._ids: list[int] = []
         self.released: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
 
+    def graph_ids(self) -> list[int]:
+        return list(self._ids)
+
+    def clear(self) -> None:
+        self._ids.clear()
+
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
-        tokens = int(binding.get_outputs()[0].shape()[0])
-        self.runs.append((int(options.get_run_config_entry("gpu_graph_id")), tokens))
+        self._ids.append(int(options.get_run_config_entry("gpu_graph_id")))
         self.session.run_with_iobinding(binding, options)
 
     def release_captured_graph(self, graph_id: int) -> None:
@@ -113,33 +118,67 @@ def test_caches_are_bound_in_place_and_nothing_else_moves(load_on_device: Callab
         assert np.array_equal(buffer[0], buffer[1])
 
 
+def _recorded(model: LanguageModel) -> _Recorded:
+    recorded = _Recorded(model.session._session)
+    model.session._session = recorded
+    return recorded
+
+
 def test_decode_steps_are_captured_and_prompts_are_not(load_on_device: Callable[..., LanguageModel]) -> None:
-    """One graph for each batch size of a call, released when the step is done with."""
+    """One graph for each batch size, which later calls use again."""
     model = load_on_device(captures=True)
-    recorded = _Recorded(model.session._session)
-    model.session._session = recorded
-    model.end_tokens = frozenset()
-    first = model.generate([[1, 2, 3], [4, 5]], max_new_tokens=4)
-    prompt, *steps = recorded.runs
-    assert prompt[0] == -1 and [graph_id for graph_id, _ in steps] == [1, 1, 1]
-    assert recorded.released == [1]
+    recorded = _recorded(model)
+    prompts = [[1, 2, 3], [4, 5]]
+    first = model.generate(prompts, max_new_tokens=4, ignore_eos=True)
+    assert recorded.graph_ids() == [-1, 1, 1, 1]
+    recorded.clear()
     model.end_tokens = frozenset({first.sequences[0].tokens[1]})
-    recorded.runs.clear()
-    model.generate([[1, 2, 3], [4, 5]], max_new_tokens=4)
-    ids = [graph_id for graph_id, _ in recorded.runs if graph_id != -1]
-    assert sorted(set(ids)) == [2, 3] and recorded.released == [1, 2, 3]
+    shorter = model.generate(prompts, max_new_tokens=4)
+    ends = [len(sequence.tokens) for sequence in shorter.sequences]
+    assert ends[0] == 2 and recorded.graph_ids()[0] == -1
+    assert set(recorded.graph_ids()) == ({-1, 1, 2} if ends[1] > 2 else {-1, 1})
+    recorded.clear()
+    assert model.generate(prompts, max_new_tokens=4, ignore_eos=True) == first
+    assert recorded.graph_ids() == [-1, 1, 1, 1] and recorded.released == []
 
 
-def test_abandoned_stream_releases_what_it_captured(load_on_device: Callable[..., LanguageModel]) -> None:
+def test_kept_cache_grows_with_what_is_asked_for(
+    model: LanguageModel, load_on_device: Callable[..., LanguageModel]
+) -> None:
+    """Each call answers as on the host, whatever the cache holds from the call before."""
+    other = load_on_device(captures=True)
+    recorded = _recorded(other)
+    prompts = [np.random.default_rng(length).integers(0, 256, length).tolist() for length in (9, 70, 5, 3)]
+    for batch, ids in ((prompts[:1], {-1, 1}), (prompts[:2], {-1, 2}), (prompts[2:], {-1, 2}), (prompts[3:], {-1, 3})):
+        expected = model.generate(batch, max_new_tokens=6, ignore_eos=True)
+        recorded.clear()
+        assert other.generate(batch, max_new_tokens=6, ignore_eos=True) == expected
+        assert set(recorded.graph_ids()) == ids
+    assert recorded.released == [1]
+    kept = other.session.new_cache(1, 64)
+    assert (kept.batch, kept.capacity) == (2, 128)
+
+
+def test_calls_at_the_same_time_have_caches_of_their_own(load_on_device: Callable[..., LanguageModel]) -> None:
     model = load_on_device(captures=True)
-    recorded = _Recorded(model.session._session)
-    model.session._session = recorded
+    recorded = _recorded(model)
+    alone = [[event.token for event in model.stream([prompt], max_new_tokens=5)] for prompt in ([1, 2], [7, 8, 9])]
+    recorded.clear()
+    streams = [model.stream([prompt], max_new_tokens=5) for prompt in ([1, 2], [7, 8, 9])]
+    both = [[event.token for event in pair] for pair in zip(*streams, strict=True)]
+    assert [list(tokens) for tokens in zip(*both, strict=True)] == alone
+    assert recorded.graph_ids().count(1) == 4, "the other's steps are not captured"
+
+
+def test_abandoned_stream_gives_its_cache_back(load_on_device: Callable[..., LanguageModel]) -> None:
+    model = load_on_device(captures=True)
     stream = model.stream([[1, 2, 3]], max_new_tokens=8, ignore_eos=True)
     for _ in range(3):
         next(stream)
-    assert recorded.released == []
+    kept = model.session._pool
+    assert kept is not None and kept._in_use
     stream.close()  # type: ignore[attr-defined]
-    assert recorded.released == [1]
+    assert not kept._in_use
 
 
 def _write(buffer: Any, values: np.ndarray[Any, Any]) -> None:

@@ -3,8 +3,8 @@
 ``QWENFORGE_ONNXRUNTIME_GPU`` names a folder with onnxruntime-gpu in it (``pip install --no-deps --target FOLDER
 onnxruntime-gpu``, 260 MB). The CUDA libraries that its provider is linked to are replaced by ones made here: the
 functions of runtime.c, and for every other symbol that the provider asks for a function that returns 0. That is enough
-to make a session, which partitions the graph, inserts its copies and says whether it would capture it. Nothing can be
-run.
+to make a session, which partitions the graph, inserts its copies and says whether it would capture it, and to run it:
+memory is moved, kernels do nothing, so that what comes out is meaningless.
 """
 
 from __future__ import annotations
@@ -61,16 +61,40 @@ def place(model: Path, *, library: Path | None = None, capture: bool = False) ->
     Raises:
         RuntimeError: ONNX Runtime refuses; the message is its last line.
     """
-    command = [sys.executable, str(_HERE / "place.py"), str(model), str(library or ""), str(int(capture))]
-    gpu_build = os.environ[VARIABLE]
-    environment = {**os.environ, "PYTHONPATH": gpu_build, "LD_LIBRARY_PATH": str(_libraries(Path(gpu_build)))}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if finished.returncode:
-        raise RuntimeError(finished.stderr.strip().splitlines()[-1])
+    finished = _run("place.py", str(model), str(library or ""), str(int(capture)))
     report = json.loads(finished.stdout.splitlines()[-1])
     nodes = {provider: [(op, name) for op, name in found] for provider, found in report["nodes"].items()}
     copies = len(re.findall(r"Add MemcpyFromHost|Add MemcpyToHost", finished.stderr))
     return Placement(nodes.get("CPUExecutionProvider", []), nodes["CUDAExecutionProvider"], copies, report["inputs"])
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What a run did with CUDA graphs: how many it captured, and how often it replayed one."""
+
+    captured: int
+    replayed: int
+
+
+def drive(model: Path, vocabulary: int, *, capture: bool) -> Graphs:
+    """Drive ``model`` with the runtime's own session on the device (drive.py): prompts, decode, fewer rows, again.
+
+    Raises:
+        RuntimeError: it fails; the message is its last line.
+    """
+    finished = _run("drive.py", str(model), str(vocabulary), str(int(capture)))
+    told = finished.stderr.split()
+    return Graphs(told.count("captured"), told.count("replayed"))
+
+
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    gpu_build = os.environ[VARIABLE]
+    environment = {**os.environ, "PYTHONPATH": gpu_build, "LD_LIBRARY_PATH": str(_libraries(Path(gpu_build)))}
+    command = [sys.executable, str(_HERE / script), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if finished.returncode:
+        raise RuntimeError(finished.stderr.strip().splitlines()[-1])
+    return finished
 
 
 @functools.cache
