@@ -25,7 +25,7 @@ CPU_PROVIDER = "CPUExecutionProvider"
 _FATAL = 4
 
 OLDEST_GPU_BUILD = (1, 31)
-"""The oldest onnxruntime-gpu with bf16 kernels for all operators of an ort-cuda graph."""
+"""The oldest onnxruntime-gpu whose kernels were looked up (graph_passes/lower/ort_cuda_kernels.py)."""
 
 INSTALL_GPU_BUILD = (
     "pip uninstall onnxruntime, then pip install --force-reinstall --no-deps 'onnxruntime-gpu>=1.31' (both are the "
@@ -43,6 +43,7 @@ class Backend:
         memory: of caches, logits and the inputs that the graph reads on the device.
         library: of custom ops; None where the graph has none.
         captures_decode: whether decode steps are captured as CUDA graphs.
+        host: of the inputs that the graph reads on the host.
         cache_types: of caches, as ONNX Runtime spells them.
         other_dtype: what to export with where the caches are of another type.
     """

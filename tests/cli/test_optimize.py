@@ -205,7 +205,7 @@ def test_model_with_external_data_is_rewritten_with_its_weights(
 
 @pytest.mark.parametrize(("attention", "op"), [("native", "GroupQueryAttention"), ("plugin", "QwenForgeAttention")])
 def test_foreign_graph_is_lowered_for_ort_cuda(tmp_path: Path, attention: str, op: str) -> None:
-    model = foreign_model(ForeignGraph(dtype="float16"))
+    model = foreign_model(ForeignGraph(attention="sdpa", opset=23, dtype="float16"))
     ir.save(model, tmp_path / "in.onnx")
     command = ["optimize", tmp_path / "in.onnx", "-o", tmp_path / "out.onnx", "--target", "ort-cuda", "--verify"]
     assert main([*map(str, command), "--attention", attention]) == 0
