@@ -9,7 +9,8 @@ kernels are like was read in its sources:
   are bound to one.
 * ``MoE`` softmaxes the logits over all experts and scales the chosen ones only if ``normalize_routing_weights`` is set,
   as Qwen2-MoE wants it. No result of it has been seen here: its kernels need a GPU.
-* ``RMSNormalization`` of opset 23 has fp16 and bf16 kernels in 1.31, the oldest release taken, so that no older form of it is needed.
+* ``RMSNormalization`` of opset 23 has fp16 and bf16 kernels in 1.31, the oldest release taken: no older form of it is
+  needed.
 """
 
 from __future__ import annotations
