@@ -35,10 +35,12 @@ class Subject(Protocol):
 class QwenforgeSubject:
     """A qwenforge bundle in the Python runtime."""
 
-    def __init__(self, bundle: Path, threads: int, max_batch: int | None = None) -> None:
+    def __init__(
+        self, bundle: Path, threads: int, max_batch: int | None = None, plugin_library: str | None = None
+    ) -> None:
         from qwenforge.runtime import load
 
-        self._model = load(bundle, threads=threads, max_batch=max_batch)
+        self._model = load(bundle, threads=threads, max_batch=max_batch, plugin_library=plugin_library)
         self.vocab_size = self._model.session.vocabulary_size
         self.description = "qwenforge"
 

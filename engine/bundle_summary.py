@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwenforge.engine.units import size, thousands
-from qwenforge.manifest import EngineRecord, LoweringRecord, Manifest
+from qwenforge.manifest import EngineRecord, LoweringRecord, Manifest, OrtCudaRecord
 
 
 def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -36,6 +36,7 @@ def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]
         ("verification", _verification(manifest)),
         ("files", files),
         *([("lowering", _lowering(manifest.lowering))] if manifest.lowering is not None else []),
+        *([("lowering", _ort_cuda(manifest.ort_cuda))] if manifest.ort_cuda is not None else []),
         *([("engine", summarize_engine(manifest.engine))] if manifest.engine is not None else []),
     ] + ([("tools", list(manifest.tool_versions.items()))] if manifest.tool_versions else [])
 
@@ -48,6 +49,16 @@ def _lowering(record: LoweringRecord) -> list[tuple[str, str]]:
         ("attention", record.attention),
         ("experts", record.moe),
         ("weights as", record.weights_as),
+    ]
+
+
+def _ort_cuda(record: OrtCudaRecord) -> list[tuple[str, str]]:
+    """What an ort-cuda graph is made of."""
+    return [
+        ("device", f"any; chosen for {record.device} (SM {record.sm})" if record.device else "any"),
+        ("attention", record.attention),
+        ("experts", record.moe),
+        ("chosen by", record.basis),
     ]
 
 

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from qwenforge.exporter.instantiate import instantiate
 from qwenforge.exporter.safetensors_writer import write_safetensors
 from qwenforge.exporter.trace import TracedModel, trace
 from qwenforge.graph_passes.lower import lower
+from qwenforge.graph_passes.lower.ort_cuda_kernels import without_kernel
 from qwenforge.graph_passes.lower.tensorrt_signature import TENSORRT_MAX_LENGTH, split_weight_inputs
 from qwenforge.graph_passes.pipeline import Step, optimize
+from qwenforge.lowering_choice import LoweringChoice, choose
 from qwenforge.manifest import (
     ENGINE_WEIGHTS,
     GENERATION_CONFIG,
@@ -41,13 +42,16 @@ from qwenforge.manifest import (
     Geometry,
     Limits,
     LoweringRecord,
+    OrtCudaRecord,
     Source,
     TensorSpec,
     Verification,
 )
+from qwenforge.ort_cuda_choice import OrtCudaChoice
+from qwenforge.packages import installed_version
 from qwenforge.reference_logits import ReferenceLogits
 from qwenforge.targets import resolve_dtype
-from qwenforge.tensorrt_choice import TensorRTChoice, choose, needs_plugins
+from qwenforge.tensorrt_choice import TensorRTChoice, needs_plugins
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of it that is done, 0..1."""
@@ -74,6 +78,7 @@ class ExportReport:
         seconds: wall time of each stage.
         verification: the comparison with transformers; None when it was turned off.
         lowering: what a TensorRT graph was lowered for; None for other targets.
+        ort_cuda: what an ort-cuda graph is made of; None for other targets.
     """
 
     bundle: Path
@@ -86,6 +91,7 @@ class ExportReport:
     seconds: dict[str, float] = field(default_factory=dict)
     verification: VerificationReport | None = None
     lowering: LoweringRecord | None = None
+    ort_cuda: OrtCudaRecord | None = None
 
 
 def export_checkpoint(
@@ -99,7 +105,7 @@ def export_checkpoint(
     max_batch: int | None = None,
     verify_result: bool = True,
     verify_passes: bool = False,
-    choice: TensorRTChoice | None = None,
+    choice: LoweringChoice | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export ``checkpoint`` to the bundle folder ``output``.
@@ -115,7 +121,7 @@ def export_checkpoint(
         max_batch: largest batch, recorded in the manifest; None for any, and for 8 with TensorRT.
         verify_result: compare with transformers before the bundle appears.
         verify_passes: also compare the graph before and after every pass.
-        choice: how to lower for TensorRT (``tensorrt_choice.choose``); needed for its targets only.
+        choice: how to lower for a GPU (``lowering_choice.choose``); by default what that makes of ``target`` alone.
         progress: told what is going on.
 
     Raises:
@@ -125,9 +131,10 @@ def export_checkpoint(
     source = Checkpoint.open(Path(checkpoint))
     if choice is None:
         choice = choose(target)
+    tensorrt = choice if isinstance(choice, TensorRTChoice) else None
     chosen = resolve_dtype(target, dtype, choice.device if choice is not None else None)
-    length = _context_length(source, max_length, DEFAULT_MAX_LENGTH if choice is None else TENSORRT_MAX_LENGTH)
-    if choice is not None and max_batch is None:
+    length = _context_length(source, max_length, DEFAULT_MAX_LENGTH if tensorrt is None else TENSORRT_MAX_LENGTH)
+    if tensorrt is not None and max_batch is None:
         max_batch = TENSORRT_MAX_BATCH
     if weights not in ("copy", "link"):
         raise UserError(f"--weights is copy or link, not {weights}.")
@@ -143,8 +150,11 @@ def export_checkpoint(
         clock.start("instantiate")
         portable = instantiate(result.model, traced, source)
         clock.start("lower")
-        final = lower(portable, target, weights=weights, choice=choice, capacity=length if choice is not None else None)
-        bound = split_weight_inputs(final) if choice is not None and choice.weights_as == "inputs" else {}
+        capacity = length if tensorrt is not None else None
+        final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
+        if isinstance(choice, OrtCudaChoice):
+            _require_cuda_kernels(final)
+        bound = split_weight_inputs(final) if tensorrt is not None and tensorrt.weights_as == "inputs" else {}
         weight_inputs = tuple(_spec(value) for value in final.graph.inputs if value.name in bound)
         clock.start("write weights")
         links = (
@@ -175,8 +185,10 @@ def export_checkpoint(
         writer.add_json(GENERATION_CONFIG, _generation_config(source))
         _add_accuracy(writer, chosen, report)
         facts = _facts(source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report)
-        if choice is not None:
-            record = _lowering(choice, final)
+        if isinstance(choice, OrtCudaChoice):
+            facts = facts.model_copy(update={"ort_cuda": _ort_cuda(choice, final)})
+        if tensorrt is not None:
+            record = _lowering(tensorrt, final)
             facts = facts.model_copy(update={"lowering": record, "weight_inputs": weight_inputs})
             writer.add_text(README, tensorrt_readme(facts))
             if needs_plugins(record):
@@ -193,6 +205,7 @@ def export_checkpoint(
         seconds=clock.finish(),
         verification=report,
         lowering=facts.lowering,
+        ort_cuda=facts.ort_cuda,
     )
 
 
@@ -200,6 +213,23 @@ def _lowering(choice: TensorRTChoice, model: ir.Model) -> LoweringRecord:
     operators = {node.op_type for node in model.graph}
     mixed = choice.attention == "native" and "QwenForgeAttention" in operators
     return choice.record(routed=bool(operators & {"QwenForgeMoE", "TRT_MoE"}), mixed=mixed)
+
+
+def _ort_cuda(choice: OrtCudaChoice, model: ir.Model) -> OrtCudaRecord:
+    return choice.record(routed=bool({"QwenForgeMoE", "MoE"} & {node.op_type for node in model.graph}))
+
+
+def _require_cuda_kernels(model: ir.Model) -> None:
+    """Refuse a graph of which ONNX Runtime would run a node on the CPU, with its data copied back and forth.
+
+    Raises:
+        UnsupportedError: a node has no CUDA kernel; the message names it.
+    """
+    if found := without_kernel(model):
+        raise UnsupportedError(
+            f"{found[0]}, so that it would run on the CPU and its data be copied at every step; export for another "
+            "target, such as ort-cpu or tensorrt."
+        )
 
 
 class _Clock:
@@ -377,7 +407,7 @@ def _generation_config(source: Checkpoint) -> dict[str, Any]:
 
 
 def _tool_versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in _TOOLS}
+    return {name: installed_version(name) for name in _TOOLS}
 
 
 def _verification(dtype: str, report: VerificationReport | None) -> Verification:

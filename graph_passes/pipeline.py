@@ -20,7 +20,7 @@ from qwenforge.graph_passes.infra import FusionPass
 if TYPE_CHECKING:
     from qwenforge.graph_passes.scenario import Skipped
     from qwenforge.graph_passes.verify import Verifier
-    from qwenforge.tensorrt_choice import TensorRTChoice
+    from qwenforge.lowering_choice import LoweringChoice
 
 OPSET = 24
 OLDEST_OPSET = 18
@@ -107,7 +107,7 @@ def optimize(
     disable: Collection[str] = (),
     positions: int | None = None,
     extra_rules: Sequence[FusionPass] = (),
-    choice: TensorRTChoice | None = None,
+    choice: LoweringChoice | None = None,
     capacity: int | None = None,
     progress: Progress | None = None,
 ) -> PipelineResult:
@@ -120,7 +120,7 @@ def optimize(
         disable: names of rules to leave out.
         positions: rows of the rotary tables; by default as :data:`fuse.rope.DEFAULT_POSITIONS`.
         extra_rules: further rules, run after the portable ones.
-        choice: how to lower for TensorRT, needed for its targets.
+        choice: how to lower for TensorRT, needed for its targets, or for ONNX Runtime on CUDA.
         capacity: the static size of the caches for TensorRT; None leaves it symbolic.
         progress: called with each rule's name before it runs.
 

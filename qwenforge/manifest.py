@@ -144,6 +144,22 @@ class LoweringRecord(_Part):
     layout_version: Count
 
 
+class OrtCudaRecord(_Part):
+    """What a graph for ONNX Runtime on CUDA is made of.
+
+    ``attention`` and ``moe`` tell whether ONNX Runtime's operators or our custom ops compute them; ``layout_version``
+    is that of packed weights. ``device`` and ``sm`` name the GPU whose preferences decided, None for any, and ``basis``
+    what the decision rests on; the graph runs on other GPUs as well.
+    """
+
+    device: Word | None
+    sm: Count | None
+    attention: Literal["native", "plugin"]
+    moe: Literal["none", "native", "plugin"]
+    layout_version: Count
+    basis: str
+
+
 class ProfileRecord(_Part):
     """One optimization profile of an engine: the shapes of its dynamic inputs, at least, typically and at most."""
 
@@ -240,6 +256,7 @@ class BundleFacts(_Part):
     bos_token_id: TokenId | None = None
     pad_token_id: TokenId | None = None
     lowering: LoweringRecord | None = None
+    ort_cuda: OrtCudaRecord | None = None
     weight_inputs: tuple[TensorSpec, ...] = ()
     engine: EngineRecord | None = None
 

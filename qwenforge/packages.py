@@ -6,13 +6,17 @@ What is wanted is read from qwenforge's own package metadata, so pyproject.toml 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
 
 DISTRIBUTION = "qwenforge"
-_MODULE_OF = {"onnx-ir": "onnx_ir", "pyyaml": "yaml"}
+_MODULE_OF = {"onnx-ir": "onnx_ir", "pyyaml": "yaml", "onnxruntime-gpu": "onnxruntime"}
+_INSTEAD_OF = {"onnxruntime": "onnxruntime-gpu"}
+"""A distribution that brings the same module and more; with both installed, the one installed last is in effect."""
 _REQUIREMENT = re.compile(
-    r"""(?P<name>[\w.-]+) \s* (?:>=\s*(?P<minimum>[\w.]+))? [^;]* (?:;.*extra\s*==\s*['"](?P<extra>\w+)['"])? .*""",
+    r"""(?P<name>[\w.-]+) (?:\[[\w,\s-]+\])? \s* (?:>=\s*(?P<minimum>[\w.]+))? [^;]*
+    (?:;.*extra\s*==\s*['"](?P<extra>\w+)['"])? .*""",
     re.VERBOSE,
 )
 
@@ -61,9 +65,8 @@ def parse_requirement(text: str) -> tuple[str, str, str]:
 
 def inspect_package(name: str, minimum: str, extra: str) -> Package:
     """Whether ``name`` is installed, at least ``minimum``, and can be imported."""
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    version = installed_version(name)
+    if not version:
         return Package(name, extra, minimum, version="", problem="not installed")
     if minimum and _release(version) < _release(minimum):
         return Package(name, extra, minimum, version, problem=f"{version} is older than {minimum}")
@@ -72,6 +75,15 @@ def inspect_package(name: str, minimum: str, extra: str) -> Package:
     except (ImportError, OSError) as error:
         return Package(name, extra, minimum, version, problem=f"does not import: {error}")
     return Package(name, extra, minimum, version, problem="")
+
+
+def installed_version(name: str) -> str:
+    """The version of the distribution ``name``, or of the one that stands in for it; empty when neither is there."""
+    for distribution in (name, _INSTEAD_OF.get(name)):
+        if distribution is not None:
+            with suppress(metadata.PackageNotFoundError):
+                return metadata.version(distribution)
+    return ""
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -98,7 +98,10 @@ def choose(
     if target not in TENSORRT_TARGETS:
         for flag, value in given.items():
             if value is not None:
-                raise UserError(f"{flag} belongs to --target tensorrt and tensorrt-rtx, not to {target}; leave it out.")
+                others = " (and ort-cuda)" if flag in ("--device", "--attention", "--experts") else ""
+                raise UserError(
+                    f"{flag} belongs to --target tensorrt and tensorrt-rtx{others}, not to {target}; leave it out."
+                )
         return None
     if target == TENSORRT_RTX:
         found = _rtx_device(device, version)

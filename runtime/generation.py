@@ -85,13 +85,16 @@ def _generate_batch(
     needed = max(len(sequence.prompt) + sequence.new_tokens_limit for sequence in sequences)
     capacity = session.fixed_capacity or rounded_capacity(needed, max_length)
     cache = session.new_cache(len(sequences), capacity)
-    logits = prefill(session, cache, ordered, chunk)
+    try:
+        logits = prefill(session, cache, ordered, chunk)
 
-    running = _assign_rows(cache, sequences, row_of, len(ordered))
-    for sequence in running:
-        yield sequence.extend(logits[row_of[id(sequence.prompt)]])
-    while running := _compact(cache, running):
-        yield from _decode(session, cache, running)
+        running = _assign_rows(cache, sequences, row_of, len(ordered))
+        for sequence in running:
+            yield sequence.extend(logits[row_of[id(sequence.prompt)]])
+        while running := _compact(cache, running):
+            yield from _decode(session, cache, running)
+    finally:
+        session.release_cache(cache)
 
 
 def _assign_rows(

@@ -9,7 +9,10 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenforge.errors import UnsupportedError, UserError
+from qwenforge.errors import BundleError, UnsupportedError, UserError
+from qwenforge.manifest import Manifest
+from qwenforge.ort_cuda_choice import ORT_CUDA
+from qwenforge.runtime.backends import Backend, cpu_backend, cuda_backend
 from qwenforge.runtime.generation import RunningSequence, generate_events
 from qwenforge.runtime.results import GeneratedSequence, GenerationResult, TokenEvent
 from qwenforge.runtime.sampling import Sampler, SamplingOptions
@@ -26,6 +29,9 @@ DEFAULT_MAX_BATCH = 32
 
 CPU_TARGETS = ("ort-cpu", "portable")
 """Targets whose graph plain ONNX Runtime runs on the CPU."""
+
+RUN_TARGETS = (*CPU_TARGETS, ORT_CUDA)
+"""Targets that this runtime runs."""
 
 Limit = TypeVar("Limit", int, int | None)
 
@@ -210,20 +216,25 @@ def load(
     max_batch: int | None = None,
     max_length: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    plugin_library: str | Path | None = None,
+    gpu: int = 0,
 ) -> LanguageModel:
-    """Load a bundle for generation on the CPU.
+    """Load a bundle for generation: on the CPU, or for target ort-cuda on an NVIDIA GPU.
 
     Args:
         path: the bundle folder.
-        threads: intra-op threads; None is one a physical core.
+        threads: intra-op threads of the CPU; None is one a physical core.
         max_batch: at most so many sequences at once, others wait; at most, and by default, the bundle's limit, or 32.
         max_length: prompt and answer together, in tokens; at most, and by default, the bundle's limit.
         prefill_chunk: tokens of a prefill step: larger is faster, smaller takes less memory.
+        plugin_library: libqwenforge_ort.so for an ort-cuda bundle that needs it; by default from the environment or
+            where it is built.
+        gpu: number of the GPU, for an ort-cuda bundle.
 
     Raises:
         BundleError: the bundle is incomplete, damaged or of a newer schema.
-        UnsupportedError: the bundle's target does not run on the CPU.
-        UserError: an argument is out of range.
+        UnsupportedError: the bundle's target is not one of this runtime.
+        UserError: an argument is out of range, or what an ort-cuda bundle needs is not here.
     """
     from qwenforge.bundle import Bundle
 
@@ -231,9 +242,9 @@ def load(
         raise UserError(f"prefill_chunk is {prefill_chunk}: give at least 1")
     bundle = Bundle.open(Path(path))
     manifest = bundle.manifest
-    if manifest.target not in CPU_TARGETS:
+    if manifest.target not in RUN_TARGETS:
         raise UnsupportedError(
-            f"{path}: the bundle's target is {manifest.target}, this runtime runs {' and '.join(CPU_TARGETS)}; "
+            f"{path}: the bundle's target is {manifest.target}, this runtime runs {', '.join(RUN_TARGETS)}; "
             "export the checkpoint for one of them"
         )
     length = _within("max_length", max_length, manifest.limits.max_length)
@@ -243,12 +254,25 @@ def load(
         threads=threads,
         session_options=manifest.session_options,
         vocabulary_size=manifest.model.vocab_size,
+        backend=_backend(manifest, path, Path(plugin_library) if plugin_library is not None else None, gpu),
     )
     tokenizer = Tokenizer(bundle.tokenizer_path, bundle.tokenizer_config, bundle.chat_template)
     end_tokens = manifest.eos_token_ids or _end_tokens(bundle.generation_config, tokenizer)
     return LanguageModel(
         session, tokenizer, max_length=length, max_batch=batch, end_tokens=end_tokens, prefill_chunk=prefill_chunk
     )
+
+
+def _backend(manifest: Manifest, path: str | Path, library: Path | None, gpu: int) -> Backend:
+    if manifest.target != ORT_CUDA:
+        return cpu_backend()
+    if manifest.ort_cuda is None:
+        raise BundleError(
+            f"{path}: the manifest does not say what its ort-cuda graph is made of; export the bundle again"
+        )
+    if gpu < 0:
+        raise UserError(f"gpu is {gpu}: give the number of a GPU, from 0 on")
+    return cuda_backend(manifest.ort_cuda, library=library, gpu=gpu)
 
 
 def _within(name: str, asked: int | None, limit: Limit) -> int | Limit:

@@ -21,13 +21,16 @@ def iterate_logits(
     chunk = max(1, min(chunk, LOGITS_BYTES // (4 * session.vocabulary_size)))
     capacity = session.fixed_capacity or rounded_capacity(len(tokens), max_length)
     cache = session.new_cache(1, capacity)
-    for start in range(0, len(tokens), chunk):
-        piece = tokens[start : start + chunk]
-        step = session.bind(cache, first_row=0, batch=1, new_tokens=len(piece), logits_count=len(piece))
-        step.input_ids[0] = piece
-        step.logits_index[0] = np.arange(len(piece))
-        step.advance_positions(np.array([start], np.int64))
-        yield start, step.run()[0]
+    try:
+        for start in range(0, len(tokens), chunk):
+            piece = tokens[start : start + chunk]
+            step = session.bind(cache, first_row=0, batch=1, new_tokens=len(piece), logits_count=len(piece))
+            step.input_ids[0] = piece
+            step.logits_index[0] = np.arange(len(piece))
+            step.advance_positions(np.array([start], np.int64))
+            yield start, step.run()[0]
+    finally:
+        session.release_cache(cache)
 
 
 def log_probabilities(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:

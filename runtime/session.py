@@ -1,12 +1,21 @@
 """One ONNX Runtime session over an exported graph, and steps bound to a cache.
 
-A :class:`BoundStep` owns the small input arrays and the logits array of one shape and holds pointers into the
-cache, for past and present alike: running it again copies nothing but what the caller writes into those arrays.
+A :class:`BoundStep` owns the small input tensors and the logits of one shape and holds addresses in the cache, for past
+and present alike: running it again copies nothing but what the caller writes into those inputs and, from a device, the
+logits.
+
+On a GPU a step of single tokens is captured as a CUDA graph where the backend says so. ONNX Runtime does that in the
+first run of a ``gpu_graph_id``, which it repeats until the graph is captured: a step may be repeated, since it writes
+the same keys and values to the same places. The inputs keep their addresses, so that the next runs replay the graph, in
+later calls too (:mod:`qwenforge.runtime.cache_pool`).
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +24,10 @@ from numpy.typing import NDArray
 
 from qwenforge import names
 from qwenforge.errors import BundleError, UserError
+from qwenforge.runtime.backends import Backend, cpu_backend
+from qwenforge.runtime.cache_pool import CachePool
 from qwenforge.runtime.kv_cache import CacheTensor, KeyValueCache
+from qwenforge.runtime.memory import CPU, CacheBuffer, StepTensor
 
 _STEP_INPUTS = (names.INPUT_IDS, names.POSITION_IDS, names.CACHE_POSITION, names.LOGITS_INDEX)
 _FATAL = 4
@@ -26,20 +38,28 @@ _SIGNATURE = {
     names.LOGITS_INDEX: ("tensor(int64)", 2),
     names.LOGITS: ("tensor(float)", 3),
 }
-_CACHE_DTYPES: dict[str, np.dtype[np.floating]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-}
+_ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}
+"""TensorProto.DataType by NumPy's name: NumPy has no type of its own for bfloat16."""
+_NO_CAPTURE = -1
+
+
+def _cache_dtype(kind: str) -> np.dtype[np.floating]:
+    import ml_dtypes
+
+    known = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16}
+    dtype: np.dtype[np.floating] = np.dtype(known[kind])
+    return dtype
 
 
 class GraphSession:
-    """An exported model in ONNX Runtime on the CPU.
+    """An exported model in ONNX Runtime.
 
     Args:
         model_path: the ONNX model, with the inputs and outputs of :mod:`qwenforge.names`.
         threads: intra-op threads; None lets ONNX Runtime choose (one a physical core).
         session_options: ONNX Runtime session configuration entries, such as ``session.disable_prepacking``.
         vocabulary_size: V, which the graph may leave symbolic.
+        backend: what runs it; the CPU unless told otherwise.
 
     Raises:
         BundleError: the model cannot be loaded, or its signature is not the one of :mod:`qwenforge.names`, or it has
@@ -54,12 +74,14 @@ class GraphSession:
         threads: int | None = None,
         session_options: Mapping[str, str] | None = None,
         vocabulary_size: int | None = None,
+        backend: Backend | None = None,
     ) -> None:
         import onnxruntime
 
         if threads is not None and threads < 1:
             raise UserError(f"threads is {threads}: give at least 1, or leave it out for one a physical core")
         self.model_path = Path(model_path)
+        self.backend = backend or cpu_backend()
         options = onnxruntime.SessionOptions()
         options.inter_op_num_threads = 1
         options.log_severity_level = _FATAL  # what is wrong with a model is raised, and need not be logged beside it
@@ -68,8 +90,10 @@ class GraphSession:
         try:
             for key, value in (session_options or {}).items():
                 options.add_session_config_entry(key, value)
+            if self.backend.library is not None:
+                options.register_custom_ops_library(str(self.backend.library))
             self._session = onnxruntime.InferenceSession(
-                str(self.model_path), options, providers=["CPUExecutionProvider"]
+                str(self.model_path), options, providers=self.backend.providers
             )
         # ONNX Runtime's errors have no common base below Exception; the cause stays chained.
         except Exception as error:
@@ -84,6 +108,10 @@ class GraphSession:
         capacity = inputs[self.cache_tensors[0].past_name].shape[2]
         self.fixed_capacity: int | None = capacity if isinstance(capacity, int) else None
         """M where the graph fixes it, else None: any capacity can be bound."""
+        self._graph_ids = itertools.count(1)
+        # ONNX Runtime: no two runs at once of a session that captures.
+        self._one_at_a_time = threading.Lock() if self.backend.captures_decode else None
+        self._pool = CachePool[BoundStep](self._allocate_cache) if self.backend.captures_decode else None
 
     def _require_signature(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Refuse a graph without the step's inputs and logits, or with other types or numbers of dimensions of them."""
@@ -126,12 +154,13 @@ class GraphSession:
         if unknown or not tensors:
             found = f"unknown inputs {', '.join(unknown)}" if unknown else f"no input {names.past_key(0)}"
             raise BundleError(f"{self.model_path}: the graph has {found}; it was not written by qwenforge export")
-        if len(types) != 1 or not types <= _CACHE_DTYPES.keys():
+        if len(types) != 1 or not types <= set(self.backend.cache_types):
+            runs = " or ".join(kind.removeprefix("tensor(").removesuffix(")") for kind in self.backend.cache_types)
             raise BundleError(
-                f"{self.model_path}: the cache is {', '.join(sorted(types))}, ONNX Runtime on the CPU runs float or "
-                "float16; export with --dtype fp32"
+                f"{self.model_path}: the cache is {', '.join(sorted(types))}, {self.backend.name} runs {runs}; export "
+                f"with --dtype {self.backend.other_dtype}"
             )
-        return tuple(tensors), _CACHE_DTYPES[types.pop()]
+        return tuple(tensors), _cache_dtype(types.pop())
 
     def _read_vocabulary_size(self, logits: Any, fallback: int | None) -> int:
         size = logits.shape[-1] if isinstance(logits.shape[-1], int) else fallback
@@ -145,19 +174,76 @@ class GraphSession:
         return int(size)
 
     def new_cache(self, batch: int, capacity: int) -> KeyValueCache:
-        """Allocate a cache of ``batch`` rows of ``capacity`` tokens."""
-        return KeyValueCache(self.cache_tensors, batch=batch, capacity=capacity, dtype=self.cache_dtype)
+        """A cache of ``batch`` rows of ``capacity`` tokens, or more where one is kept for captured steps.
+
+        It is zero-filled, or holds what an earlier call left, which no token of this one sees.
+        """
+        return self._pool.take(batch, capacity) if self._pool is not None else self._allocate_cache(batch, capacity)
+
+    def release_cache(self, cache: KeyValueCache) -> None:
+        """The caller is done with ``cache``, which came from :meth:`new_cache`."""
+        if self._pool is not None:
+            self._pool.give_back(cache)
+
+    def _allocate_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        return KeyValueCache(
+            self.cache_tensors, batch=batch, capacity=capacity, dtype=self.cache_dtype, memory=self.backend.memory
+        )
 
     def bind(
         self, cache: KeyValueCache, *, first_row: int, batch: int, new_tokens: int, logits_count: int
     ) -> BoundStep:
         """A step of ``new_tokens`` tokens for ``batch`` rows of ``cache`` that begin at ``first_row``."""
-        step = (cache, first_row, batch, new_tokens, logits_count)
-        return BoundStep(self._session, self.model_path, self.vocabulary_size, *step)
+        shape = (first_row, batch, new_tokens, logits_count)
+        if self._pool is not None and self._pool.keeps(cache) and shape == (0, batch, 1, 1):
+            return self._pool.step(batch, lambda: BoundStep(self, cache, *shape, next(self._graph_ids)))
+        return BoundStep(self, cache, *shape, _NO_CAPTURE)
+
+    def input_tensor(self, name: str, shape: tuple[int, ...]) -> StepTensor:
+        """A tensor for the int64 input ``name``, in the memory from which the graph reads it.
+
+        Numbers that only the host needs, as cache_position is for some graphs, would be copied back from a device.
+        """
+        places = dict(zip((each.name for each in self._session.get_inputs()), self._memory_of_inputs(), strict=True))
+        memory = self.backend.host if places[name] == CPU else self.backend.memory
+        return memory.step_tensor(shape, np.dtype(np.int64))
+
+    def _memory_of_inputs(self) -> list[str]:
+        return [str(info.name).lower() for info in self._session.get_input_memory_infos()]
+
+    def release_graph(self, graph_id: int) -> None:
+        """Let go of what was captured under ``graph_id``, where ONNX Runtime can."""
+        if graph_id != _NO_CAPTURE:
+            self._session.release_captured_graph(graph_id)
+
+    def run(self, binding: Any, graph_id: int) -> None:
+        """Run the graph on what is bound.
+
+        Raises:
+            BundleError: the graph fails, as one whose shapes are not what its signature says does.
+        """
+        import onnxruntime
+
+        options = None
+        if self._one_at_a_time is not None:
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        try:
+            with self._one_at_a_time or nullcontext():
+                self._session.run_with_iobinding(binding, options)
+        # As when loading: no common base below Exception.
+        except Exception as error:
+            raise BundleError(
+                f"{self.model_path}: ONNX Runtime cannot run the model: {_first_line(error)}; export the bundle again"
+            ) from error
+
+    def io_binding(self) -> Any:
+        """A new, empty binding of the session."""
+        return self._session.io_binding()
 
 
 class BoundStep:
-    """Arrays of one step shape, bound once; write the inputs, call :meth:`run`, read ``logits``.
+    """Tensors of one step shape, bound once; write the inputs, call :meth:`run`, read ``logits``.
 
     Attributes:
         input_ids: [B, S] int64.
@@ -169,36 +255,41 @@ class BoundStep:
 
     def __init__(
         self,
-        session: Any,
-        model_path: Path,
-        vocabulary_size: int,
+        session: GraphSession,
         cache: KeyValueCache,
         first_row: int,
         batch: int,
         new_tokens: int,
         logits_count: int,
+        graph_id: int,
     ) -> None:
         self._session = session
-        self._model_path = model_path
         self._cache = cache
-        self.input_ids: NDArray[np.int64] = np.zeros((batch, new_tokens), np.int64)
-        self.position_ids: NDArray[np.int64] = np.zeros((batch, new_tokens), np.int64)
-        self.cache_position: NDArray[np.int64] = np.zeros(batch, np.int64)
-        self.logits_index: NDArray[np.int64] = np.zeros((batch, logits_count), np.int64)
-        self.logits: NDArray[np.float32] = np.empty((batch, logits_count, vocabulary_size), np.float32)
+        self._graph_id = graph_id
+        tokens, count = (batch, new_tokens), (batch, logits_count)
+        shapes = dict(zip(_STEP_INPUTS, (tokens, tokens, (batch,), count), strict=True))
+        self._inputs = {name: session.input_tensor(name, shape) for name, shape in shapes.items()}
+        self._logits = session.backend.memory.step_tensor((*count, session.vocabulary_size), np.dtype(np.float32))
+        arrays = (self._inputs[name].array for name in _STEP_INPUTS)
+        self.input_ids, self.position_ids, self.cache_position, self.logits_index = arrays
+        self.logits: NDArray[np.float32] = self._logits.array
         self._binding = session.io_binding()
-        inputs = (self.input_ids, self.position_ids, self.cache_position, self.logits_index)
-        for name, array in zip(_STEP_INPUTS, inputs, strict=True):
-            self._bind(self._binding.bind_input, name, array)
-        for tensor in cache.tensors:
-            rows = cache.rows(tensor, first_row, batch)
-            self._bind(self._binding.bind_input, tensor.past_name, rows)
-            self._bind(self._binding.bind_output, tensor.present_name, rows)
-        self._bind(self._binding.bind_output, names.LOGITS, self.logits)
+        for name, tensor in self._inputs.items():
+            self._bind(self._binding.bind_input, name, tensor, "int64", shapes[name], tensor.address)
+        for cached in cache.tensors:
+            rows = cache.rows(cached, first_row, batch)
+            place = (rows.buffer, cache.dtype.name, rows.shape, rows.address)
+            self._bind(self._binding.bind_input, cached.past_name, *place)
+            self._bind(self._binding.bind_output, cached.present_name, *place)
+        self._bind(
+            self._binding.bind_output, names.LOGITS, self._logits, "float32", self.logits.shape, self._logits.address
+        )
 
     @staticmethod
-    def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
-        bind(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
+    def _bind(
+        bind: Any, name: str, where: StepTensor | CacheBuffer, dtype: str, shape: tuple[int, ...], address: int
+    ) -> None:
+        bind(name, where.device, where.device_index, _ELEMENT_TYPES[dtype], list(shape), address)
 
     def advance_positions(self, starts: NDArray[np.int64]) -> None:
         """Set ``cache_position`` to ``starts`` [B] and ``position_ids`` to the S positions from there.
@@ -219,14 +310,16 @@ class BoundStep:
         Raises:
             BundleError: the graph fails, as one whose shapes are not what its signature says does.
         """
-        try:
-            self._session.run_with_iobinding(self._binding)
-        # As when loading: no common base below Exception.
-        except Exception as error:
-            raise BundleError(
-                f"{self._model_path}: ONNX Runtime cannot run the model: {_first_line(error)}; export the bundle again"
-            ) from error
+        for tensor in self._inputs.values():
+            tensor.upload()
+        self._session.run(self._binding, self._graph_id)
+        self._logits.download()
         return self.logits
+
+    def close(self) -> None:
+        """Let go of what was captured; the step cannot be run again."""
+        self._session.release_graph(self._graph_id)
+        self._graph_id = _NO_CAPTURE
 
 
 def _first_line(error: Exception) -> str:

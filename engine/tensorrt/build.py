@@ -16,6 +16,7 @@ from qwenforge import __version__
 from qwenforge.bundle import Bundle
 from qwenforge.bundle_update import attach_engine, remove_dead_scratch, scratch_path
 from qwenforge.devices import Device, get_device
+from qwenforge.engine.native_library import NativeLibrary
 from qwenforge.engine.tensorrt import timing_cache
 from qwenforge.engine.tensorrt.compatibility import export_command, require_build_device
 from qwenforge.engine.tensorrt.gpu import LocalGpu, local_gpu
@@ -24,7 +25,7 @@ from qwenforge.engine.tensorrt.memory import MemoryNeed, memory_need, require_me
 from qwenforge.engine.tensorrt.modules import MODULES, import_tensorrt, numbers, require_version
 from qwenforge.engine.tensorrt.options import BuildOptions
 from qwenforge.engine.tensorrt.parser_errors import build_problem, parse_problem
-from qwenforge.engine.tensorrt.plugin_library import PluginLibrary, find_plugin_library, register
+from qwenforge.engine.tensorrt.plugin_library import find_plugin_library, register
 from qwenforge.engine.tensorrt.profiles import profile_shapes
 from qwenforge.engine.tensorrt.progress import Progress, make_monitor
 from qwenforge.errors import GraphError, UnsupportedError, UserError
@@ -68,7 +69,7 @@ class _Job:
     profiles: list[ProfileRecord]
     module: Any
     gpu: LocalGpu | None
-    library: PluginLibrary | None
+    library: NativeLibrary | None
     cache: Path | None
     memory: MemoryNeed
 

@@ -9,18 +9,21 @@ import onnx_ir as ir
 
 from qwenforge.errors import UnsupportedError
 from qwenforge.graph_passes.infra import FusionPass
+from qwenforge.lowering_choice import LoweringChoice
+from qwenforge.ort_cuda_choice import ORT_CUDA, OrtCudaChoice
 from qwenforge.tensorrt_choice import TensorRTChoice
 
 
 def lowering_rules(
-    target: str, *, weights: str = "copy", choice: TensorRTChoice | None = None, capacity: int | None = None
+    target: str, *, weights: str = "copy", choice: LoweringChoice | None = None, capacity: int | None = None
 ) -> list[FusionPass]:
     """The rules that follow the portable ones for ``target``, in order; none for ``portable``.
 
     Args:
         target: one of ``qwenforge.targets``.
         weights: ``link`` leaves every weight matrix as the checkpoint stores it, so that its bytes can be referred to.
-        choice: how to lower for TensorRT, needed for its targets.
+        choice: how to lower for TensorRT, needed for its targets, or for ONNX Runtime on CUDA (by default as
+            ``ort_cuda_choice.choose``).
         capacity: the static cache capacity for TensorRT; None leaves it symbolic.
 
     Raises:
@@ -32,7 +35,12 @@ def lowering_rules(
         from qwenforge.graph_passes.lower.ort_cpu import ort_cpu_rules
 
         return ort_cpu_rules(weights=weights)
-    if choice is not None and choice.target == target:
+    if target == ORT_CUDA:
+        from qwenforge.graph_passes.lower.ort_cuda import ort_cuda_rules
+        from qwenforge.ort_cuda_choice import choose
+
+        return ort_cuda_rules(choice if isinstance(choice, OrtCudaChoice) else choose())
+    if isinstance(choice, TensorRTChoice) and choice.target == target:
         from qwenforge.graph_passes.lower.tensorrt import tensorrt_rules
 
         return tensorrt_rules(choice, capacity=capacity)
@@ -47,7 +55,7 @@ def lower(
     target: str,
     *,
     weights: str = "copy",
-    choice: TensorRTChoice | None = None,
+    choice: LoweringChoice | None = None,
     capacity: int | None = None,
 ) -> ir.Model:
     """Lower a portable model in place and return it; dead nodes, functions and initializers are dropped.

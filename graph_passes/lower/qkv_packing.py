@@ -22,13 +22,17 @@ class Projection:
 
 
 class PackQKV(FusionPass):
-    """Merge the projections in front of every ``com.microsoft::GroupQueryAttention`` that rotates q and k itself."""
+    """Merge the projections in front of every ``com.microsoft::GroupQueryAttention`` that rotates q and k itself.
+
+    Another operator that takes packed QKV as its first input, and nothing for the next two then, is a subclass.
+    """
 
     name: ClassVar[str] = "pack_qkv"
+    operator: ClassVar[tuple[str, str]] = ("com.microsoft", "GroupQueryAttention")
 
     def run(self, model: ir.Model) -> None:
         for node in list(model.graph):
-            if node.op_type != "GroupQueryAttention" or node.domain != "com.microsoft" or node.inputs[1] is None:
+            if (node.domain, node.op_type) != self.operator or node.inputs[1] is None:
                 continue
             parts = [_projection(value) for value in node.inputs[:3]]
             if any(part is None for part in parts):
@@ -66,7 +70,11 @@ class PackQKV(FusionPass):
         attention.replace_input_with(0, nodes[-1].outputs[0])
         attention.replace_input_with(1, None)
         attention.replace_input_with(2, None)
+        self.packed(attention)
         self.matches += 1
+
+    def packed(self, attention: ir.Node) -> None:
+        """Tell ``attention`` that its QKV is packed, where the missing inputs do not say it."""
 
 
 def _projection(value: ir.Value | None) -> Projection | None:

@@ -52,20 +52,49 @@ _LAST_KEY_SEEN = {
 }
 """The last key that query ``steps`` of a row sees, by ``causal_kind`` of TensorRT's attention layer."""
 
-_FUNCTIONS = """
-<ir_version: 11, opset_import: ["" : 24, "qwenforge.reference" : 1]>
-unused (float[1] x) => (float[1] y) { y = Identity (x) }
+_OUR_ATTENTION = """
 <domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge" : 1]>
-QwenForgeAttention <num_heads, num_key_value_heads, scale, sliding_window>
-    (query, key, value, past_key, past_value, cos, sin, position_ids, cache_position)
-    => (output, present_key, present_value)
+%s <num_heads, num_key_value_heads, head_size, scale, sliding_window, epsilon>
+    (%s, past_key, past_value, cos, sin, position_ids, cache_position%s) => (output, present_key, present_value)
 {
     positions = Cast <to = 7> (position_ids)
     starts = Cast <to = 7> (cache_position)
+    %s
+    %s
     output, present_key, present_value = qwenforge.GroupedQueryAttention <
         num_heads : int = @num_heads, num_key_value_heads : int = @num_key_value_heads, scale : float = @scale,
-        sliding_window : int = @sliding_window> (query, key, value, past_key, past_value, cos, sin, positions, starts)
+        sliding_window : int = @sliding_window> (%s, past_key, past_value, cos, sin, positions, starts)
 }
+"""
+_SPLIT_QKV = """
+    one_element = Constant <value_ints = [-1]> ()
+    query_heads = Constant <value_int : int = @num_heads> ()
+    key_heads = Constant <value_int : int = @num_key_value_heads> ()
+    width = Constant <value_int : int = @head_size> ()
+    query_columns = Mul (query_heads, width)
+    key_columns = Mul (key_heads, width)
+    query_part = Reshape (query_columns, one_element)
+    key_part = Reshape (key_columns, one_element)
+    parts = Concat <axis = 0> (query_part, key_part, key_part)
+    query, key, value = Split <axis = 2> (packed, parts)
+"""
+_NORM_HEADS = """
+    size = Constant <value_int : int = @head_size> ()
+    last = Constant <value_ints = [-1]> ()
+    size_axis = Reshape (size, last)
+    kept = Constant <value_ints = [0, 0, -1]> ()
+    apart = Concat <axis = 0> (kept, size_axis)
+    query_heads_apart = Reshape (query, apart)
+    key_heads_apart = Reshape (key, apart)
+    query_normed = RMSNormalization <axis = -1, epsilon : float = @epsilon> (query_heads_apart, query_norm)
+    key_normed = RMSNormalization <axis = -1, epsilon : float = @epsilon> (key_heads_apart, key_norm)
+    query_ready = Reshape (query_normed, kept)
+    key_ready = Reshape (key_normed, kept)
+"""
+
+_FUNCTIONS = """
+<ir_version: 11, opset_import: ["" : 24, "qwenforge.reference" : 1]>
+unused (float[1] x) => (float[1] y) { y = Identity (x) }
 <domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge.reference" : 1]>
 QwenForgeMoE <top_k, normalize_topk> (hidden_states, router_logits, gate_up_weights, down_weights) => (output)
 {
@@ -178,7 +207,24 @@ def _parsed() -> ir.Model:
     import onnx.parser
 
     attention = "".join(_ATTENTION % (kind, last) for kind, last in _LAST_KEY_SEEN.items())
-    return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS + attention))
+    ours = "".join(_our_attention(packed, normed) for packed in (False, True) for normed in (False, True))
+    return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS + attention + ours))
+
+
+def _our_attention_name(packed: bool, normed: bool) -> str:
+    return "QwenForgeAttention" + "Packed" * packed + "Normed" * normed
+
+
+def _our_attention(packed: bool, normed: bool) -> str:
+    """The function for ``QwenForgeAttention`` with packed QKV, with norms of the heads, with both or with neither."""
+    return _OUR_ATTENTION % (
+        _our_attention_name(packed, normed),
+        "packed" if packed else "query, key, value",
+        ", query_norm, key_norm" if normed else "",
+        _SPLIT_QKV if packed else "",
+        _NORM_HEADS if normed else "",
+        "query_ready, key_ready, value" if normed else "query, key, value",
+    )
 
 
 def expand_target_nodes(model: ir.Model) -> bool:
@@ -213,12 +259,16 @@ def _call(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr]
     """The function that stands for ``node``, its inputs and attributes, and whether it calls a portable function."""
     inputs, attributes = list(node.inputs), dict(node.attributes)
     if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("attention").name:
-        kept = _fields(attributes, "num_heads", "num_key_value_heads", "scale", "sliding_window")
-        return node.op_type, inputs, kept, True
+        spec = op_spec.load("attention")
+        inputs, numbers = _present_inputs(node, spec)
+        _require(node, numbers["cache_type"] == 0 and numbers["page_size"] == 0)
+        op = _our_attention_name(numbers["packed_qkv"] == 1, numbers["qk_norm"] == 1)
+        heads = ("num_heads", "num_key_value_heads", "head_size", "scale", "sliding_window", "epsilon")
+        return op, list(inputs), _fields(attributes, *heads), True
     if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("moe").name:
         shared = attributes["num_shared_experts"].as_int() > 0
-        numbers = {name: attributes[name].as_int() for name in ("weight_type", "num_experts", "num_local_experts")}
-        _require(node, attributes["layout_version"].as_int() == LAYOUT_VERSION and numbers["weight_type"] == 0)
+        inputs, numbers = _present_inputs(node, op_spec.load("moe"))
+        _require(node, numbers["layout_version"] == LAYOUT_VERSION and numbers["weight_type"] == 0)
         _require(node, numbers["num_local_experts"] == numbers["num_experts"])
         op = "QwenForgeMoEShared" if shared else "QwenForgeMoE"
         return op, inputs, _fields(attributes, "top_k", "normalize_topk"), False
@@ -230,6 +280,29 @@ def _call(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr]
         _require(node, attributes["activation_type"].as_int() == _SILU)
         return node.op_type, inputs, {}, False
     return None
+
+
+def _present_inputs(node: ir.Node, spec: op_spec.OpSpec) -> tuple[list[ir.Value | None], dict[str, int | float]]:
+    """The inputs of one of our nodes that its attributes ask for, in order, and its attributes as numbers.
+
+    A node for TensorRT lists those inputs; in one for ONNX Runtime they stand at their places, with nothing between.
+    """
+    numbers: dict[str, int | float] = {}
+    for attribute in spec.attributes:
+        given = node.attributes.get(attribute.name)
+        _require(node, given is not None)
+        assert given is not None
+        numbers[attribute.name] = given.as_int() if attribute.type == "int" else given.as_float()
+    _require(node, spec.problem(numbers) is None)
+    wanted = spec.input_names(numbers)
+    inputs = list(node.inputs)
+    if None in inputs or len(inputs) != len(wanted):
+        places = [tensor.name for tensor in spec.inputs]
+        _require(node, len(inputs) <= len(places))
+        named = {name: value for name, value in zip(places, inputs, strict=False) if value is not None}
+        _require(node, list(named) == wanted)
+        inputs = list(named.values())
+    return inputs, numbers
 
 
 def _require(node: ir.Node, known: bool) -> None:

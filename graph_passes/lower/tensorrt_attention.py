@@ -42,9 +42,18 @@ def plugin_attributes(
     Raises:
         UnsupportedError: the plugin does not take these values.
     """
-    if (problem := spec.problem(attributes)) is not None:
-        raise UnsupportedError(f"the plugin {spec.name} cannot compute node {node.name}: {problem}.")
+    require_fields(spec, attributes, node)
     return {**attributes, "plugin_version": spec.version, "plugin_namespace": op_spec.NAMESPACE}
+
+
+def require_fields(spec: op_spec.OpSpec, fields: dict[str, int | float], node: ir.Node) -> None:
+    """Make sure that ``fields`` are what ``spec`` allows.
+
+    Raises:
+        UnsupportedError: they are not; the message names the node.
+    """
+    if (problem := spec.problem(fields)) is not None:
+        raise UnsupportedError(f"the plugin {spec.name} cannot compute node {node.name}: {problem}.")
 
 
 def _calls(model: ir.Model) -> list[ir.Node]:
@@ -64,14 +73,7 @@ class PluginAttention(FusionPass):
             if head_size is None:
                 self.fail("the head size is not static", node)
                 continue
-            attributes: dict[str, int | float] = {
-                "num_heads": node.attributes["num_heads"].as_int(),
-                "num_key_value_heads": node.attributes["num_key_value_heads"].as_int(),
-                "head_size": head_size,
-                "scale": node.attributes["scale"].as_float(),
-                "sliding_window": node.attributes["sliding_window"].as_int(),
-                "cache_type": 0,
-            }
+            attributes = self.node_attributes(spec, attention_fields(node, head_size), node)
             for index in (7, 8):  # position_ids, cache_position
                 value = node.inputs[index]
                 if value is None:
@@ -82,7 +84,7 @@ class PluginAttention(FusionPass):
             plugin = ir.node(
                 spec.name,
                 list(node.inputs),
-                plugin_attributes(spec, attributes, node),
+                attributes,
                 domain=op_spec.NAMESPACE,
                 num_outputs=len(spec.outputs),
                 name=node.name,
@@ -90,6 +92,28 @@ class PluginAttention(FusionPass):
             replace_node(model, node, [tag(plugin, self.name)], plugin.outputs)
             model.graph.opset_imports[op_spec.NAMESPACE] = 1
             self.matches += 1
+
+    def node_attributes(
+        self, spec: op_spec.OpSpec, fields: dict[str, int | float], node: ir.Node
+    ) -> dict[str, int | float | str]:
+        """What the node is given: ``fields``, and here what TensorRT's parser finds the plugin by."""
+        return plugin_attributes(spec, fields, node)
+
+
+def attention_fields(call: ir.Node, head_size: int) -> dict[str, int | float]:
+    """The fields of ``QwenForgeAttention`` for the function ``call``: q, k and v apart, a cache typed as the tokens."""
+    return {
+        "num_heads": call.attributes["num_heads"].as_int(),
+        "num_key_value_heads": call.attributes["num_key_value_heads"].as_int(),
+        "head_size": head_size,
+        "scale": call.attributes["scale"].as_float(),
+        "sliding_window": call.attributes["sliding_window"].as_int(),
+        "cache_type": 0,
+        "page_size": 0,
+        "packed_qkv": 0,
+        "qk_norm": 0,
+        "epsilon": 0.0,
+    }
 
 
 class NativeAttention(FusionPass):

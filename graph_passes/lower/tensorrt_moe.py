@@ -89,7 +89,7 @@ class PluginExperts(FusionPass):
                 "group_size": 65536,
                 "layout_version": LAYOUT_VERSION,
             }
-            fields = plugin_attributes(spec, attributes, node)
+            fields = self.node_attributes(spec, attributes, node)
             more = shared_slices(shared.gate_up, shared.down, width) if shared is not None else None
             prefix = gate_up.name if gate_up is not None else node.name
             packed_first = add_initializer(model, f"{prefix}.packed", pack_gate_up(first, more))
@@ -108,6 +108,12 @@ class PluginExperts(FusionPass):
                 replace_node(model, shared.addition, [plugin], plugin.outputs)
             model.graph.opset_imports[op_spec.NAMESPACE] = 1
             self.matches += 1
+
+    def node_attributes(
+        self, spec: op_spec.OpSpec, fields: dict[str, int | float], node: ir.Node
+    ) -> dict[str, int | float | str]:
+        """What the node is given: ``fields``, and here what TensorRT's parser finds the plugin by."""
+        return plugin_attributes(spec, fields, node)
 
 
 class NativeExperts(FusionPass):

@@ -49,7 +49,7 @@ def check_precision(model: ir.Model) -> None:
     for value in (*caches, *(node.outputs[0] for node in plugins)):
         if value.dtype is not None and value.dtype not in halves:
             raise GraphError(
-                f"{value.name} is {value.dtype.name.lower()}: TensorRT's attention and the plugins compute in 16 bits; "
+                f"{value.name} is {value.dtype.name.lower()}: attention on a GPU and the plugins compute in 16 bits; "
                 "export the model in fp16 or bf16."
             )
 

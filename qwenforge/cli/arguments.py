@@ -10,7 +10,7 @@ from qwenforge import targets
 from qwenforge.devices import DEVICES
 
 if TYPE_CHECKING:
-    from qwenforge.tensorrt_choice import TensorRTChoice
+    from qwenforge.lowering_choice import LoweringChoice
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_target(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """``--target``: where the graph is to run (``args.target``, a str; an unbuilt one is refused by name later)."""
+    """``--target``: where the graph is to run (``args.target``, a str; an unknown one is refused by name later)."""
     known = ", ".join(targets.available())
     parser.add_argument(
         "--target", default=default, metavar="TARGET", help=f"where the graph runs: {known} (default: {default})"
@@ -40,20 +40,25 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tensorrt_choice(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
-    """The options that choose a TensorRT lowering; ``weights``: with ``--weights-as``."""
-    group = parser.add_argument_group("TensorRT targets")
-    group.add_argument("--device", metavar="D", help=f"what the engine runs on: {', '.join(DEVICES)}")
+def add_lowering_choice(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
+    """The options that choose a lowering for a GPU; ``weights``: with ``--weights-as``."""
+    group = parser.add_argument_group("targets tensorrt, tensorrt-rtx and ort-cuda")
+    group.add_argument(
+        "--device",
+        metavar="D",
+        help=f"what the engine runs on: {', '.join(DEVICES)} (ort-cuda: whose preferences to follow; any GPU runs it)",
+    )
     group.add_argument("--tensorrt", metavar="V", help="TensorRT version, such as 10.3 (default: the device's newest)")
     group.add_argument(
         "--attention",
         choices=("native", "plugin"),
-        help="by TensorRT's own layers (default from TensorRT 11 on) or our plugin (default before)",
+        help="by the engine's own operators (default for ort-cuda, and from TensorRT 11 on) or by our plugin (default "
+        "before)",
     )
     group.add_argument(
         "--experts",
         choices=("plugin", "native"),
-        help="by our plugin (default) or TensorRT's own layer (TensorRT 11 on SM 100, 103, 110)",
+        help="by our plugin (default) or the engine's own operator (ort-cuda; TensorRT 11 on SM 100, 103, 110)",
     )
     if not weights:
         parser.set_defaults(weights_as=None)
@@ -66,13 +71,13 @@ def add_tensorrt_choice(parser: argparse.ArgumentParser, *, weights: bool = True
     )
 
 
-def tensorrt_choice(args: argparse.Namespace) -> TensorRTChoice | None:
-    """The lowering that these arguments ask for; None when the target is not TensorRT.
+def lowering_choice(args: argparse.Namespace) -> LoweringChoice | None:
+    """The lowering that these arguments ask for; None when the target has nothing to choose.
 
     Raises:
         UserError: they do not go together, or the device cannot do it.
     """
-    from qwenforge.tensorrt_choice import choose
+    from qwenforge.lowering_choice import choose
 
     return choose(
         args.target,
@@ -81,6 +86,16 @@ def tensorrt_choice(args: argparse.Namespace) -> TensorRTChoice | None:
         attention=args.attention,
         experts=args.experts,
         weights_as=args.weights_as,
+    )
+
+
+def add_plugin_library(parser: argparse.ArgumentParser) -> None:
+    """``--plugin-library``: our custom ops for ONNX Runtime on CUDA (``args.plugin_library``, a Path or None)."""
+    parser.add_argument(
+        "--plugin-library",
+        type=Path,
+        metavar="FILE",
+        help="libqwenforge_ort.so, for ort-cuda bundles (default: QWENFORGE_ORT_LIBRARY, or what 'make plugins' built)",
     )
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenforge.cli.arguments import add_bundle, add_threads, positive_int
+from qwenforge.cli.arguments import add_bundle, add_plugin_library, add_threads, positive_int
 from qwenforge.cli.base import Command
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class BenchCommand(Command):
         parser.add_argument("--against", metavar="PEER,...", help=f"peers to measure beside it: {', '.join(PEERS)}")
         parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="the bundle's checkpoint, for the peers")
         add_threads(parser)
+        add_plugin_library(parser)
         parser.add_argument(
             "--json", metavar="FILE", help="also write everything measured to FILE ('-': to stdout only)"
         )
@@ -80,7 +81,10 @@ def _specs(args: argparse.Namespace, bundle: Bundle, threads: int) -> list[Subje
     from qwenforge.errors import UserError
     from qwenforge.exporter.checkpoint import Checkpoint
 
-    options = {"bundle": str(args.bundle), "threads": threads, "max_batch": args.batch}
+    library = str(args.plugin_library) if args.plugin_library is not None else None
+    options: dict[str, Any] = {"bundle": str(args.bundle), "threads": threads, "max_batch": args.batch}
+    if library is not None:
+        options["plugin_library"] = library
     specs = [SubjectSpec("qwenforge", options)]
     for peer in filter(None, (args.against or "").split(",")):
         if peer not in PEERS:

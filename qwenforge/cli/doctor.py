@@ -79,7 +79,7 @@ class DoctorCommand(Command):
 
         machine = describe()
         packages = survey()
-        capabilities = [*assess(packages), *assess_tensorrt()]
+        capabilities = [*assess(packages), *assess_ort_cuda(), *assess_tensorrt()]
         if args.json:
             print(json.dumps(_as_json(machine, packages, capabilities), indent=1))
         else:
@@ -88,7 +88,7 @@ class DoctorCommand(Command):
 
 
 def assess(packages: Sequence[Package]) -> list[Capability]:
-    """What can be done with ``packages``; targets of the design that are not built yet are listed as such."""
+    """What can be done with ``packages``."""
     by_name = {package.name: package for package in packages}
     found = []
     for need in _NEEDS:
@@ -100,8 +100,25 @@ def assess(packages: Sequence[Package]) -> list[Capability]:
         else:
             lead = by_name[need.packages[0]]
             found.append(Capability(need.name, True, f"{lead.name} {lead.version}"))
-    for name, what in targets.PLANNED.items():
-        found.append(Capability(f"build and run: target {name}", False, f"{what}: not built yet in {__version__}"))
+    return found
+
+
+def assess_ort_cuda() -> list[Capability]:
+    """Whether ort-cuda bundles run here: onnxruntime-gpu, its CUDA provider, a GPU; and our custom ops' library."""
+    from qwenforge.engine.ort_library import find_ort_library
+    from qwenforge.errors import UserError
+    from qwenforge.runtime.backends import require_cuda
+
+    found = []
+    try:
+        found.append(Capability("run: target ort-cuda", True, require_cuda()))
+    except UserError as error:
+        found.append(Capability("run: target ort-cuda", False, str(error)))
+    try:
+        library = find_ort_library(None)
+        found.append(Capability("custom ops for ONNX Runtime", True, f"{library.path}, {library.version}"))
+    except UserError as error:
+        found.append(Capability("custom ops for ONNX Runtime", False, str(error), install="make plugins"))
     return found
 
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from qwenforge.cli.arguments import (
     add_dtype,
     add_json,
+    add_lowering_choice,
     add_target,
-    add_tensorrt_choice,
+    lowering_choice,
     positive_int,
-    tensorrt_choice,
 )
 from qwenforge.cli.base import EXIT_DONE, Command
 
 if TYPE_CHECKING:
     from qwenforge.engine.export import ExportReport
-    from qwenforge.manifest import LoweringRecord
+    from qwenforge.manifest import LoweringRecord, OrtCudaRecord
 
 
 class ExportCommand(Command):
@@ -32,6 +32,7 @@ class ExportCommand(Command):
     )
     example = (
         "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-bundle --target ort-cpu\n"
+        "qwenforge export examples/checkpoints/tiny-qwen2-moe -o tiny-cuda --target ort-cuda --dtype bf16\n"
         "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-trt --target tensorrt --device jetson-orin-nano"
     )
 
@@ -61,7 +62,7 @@ class ExportCommand(Command):
         )
         parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers (recorded)")
         parser.add_argument("--verify-passes", action="store_true", help="also compare the graph around every pass")
-        add_tensorrt_choice(parser)
+        add_lowering_choice(parser)
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -73,7 +74,7 @@ class ExportCommand(Command):
             "max_batch": args.max_batch,
             "verify_result": not args.no_verify,
             "verify_passes": args.verify_passes,
-            "choice": tensorrt_choice(args),
+            "choice": lowering_choice(args),
         }
         report = _export_with_progress(args, options)
         if args.json:
@@ -112,6 +113,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "target": report.target,
         "dtype": report.dtype,
         "lowering": report.lowering.model_dump() if report.lowering is not None else None,
+        "ort_cuda": report.ort_cuda.model_dump() if report.ort_cuda is not None else None,
         "nodes": report.nodes,
         "data_bytes": report.data_bytes,
         "linked_bytes": report.linked_bytes,
@@ -143,6 +145,14 @@ def _lowering(record: LoweringRecord) -> str:
     )
 
 
+def _ort_cuda(record: OrtCudaRecord) -> str:
+    from qwenforge.ort_cuda_choice import needs_library
+
+    experts = "" if record.moe == "none" else f", experts {record.moe}"
+    library = "; needs libqwenforge_ort.so (make plugins)" if needs_library(record) else ""
+    return f"attention {record.attention}{experts} ({record.basis}){library}"
+
+
 def _print(report: ExportReport) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -154,6 +164,8 @@ def _print(report: ExportReport) -> None:
     console.print(f"{size:.1f} MB of weights{linked} in {sum(report.seconds.values()):.1f} s")
     if report.lowering is not None:
         console.print(_lowering(report.lowering), markup=False)
+    if report.ort_cuda is not None:
+        console.print(_ort_cuda(report.ort_cuda), markup=False)
     verification = report.verification
     if verification is None:
         console.print("not verified (--no-verify)")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qwenforge.cli.arguments import add_json, add_target, add_tensorrt_choice, positive_int, tensorrt_choice
+from qwenforge.cli.arguments import add_json, add_lowering_choice, add_target, lowering_choice, positive_int
 from qwenforge.cli.base import EXIT_DONE, EXIT_USER_ERROR, Command
 from qwenforge.errors import GraphError, UserError
 
@@ -30,6 +30,7 @@ class Optimize(Command):
     example: ClassVar[str] = (
         "qwenforge optimize model.onnx -o fused.onnx --target ort-cpu --verify\n"
         "qwenforge optimize model.onnx -o fused.onnx --target tensorrt --device h200 --max-length 2048\n"
+        "qwenforge optimize model.onnx -o fused.onnx --target ort-cuda --attention plugin\n"
         "qwenforge optimize model.onnx -o fused.onnx --disable swiglu --json"
     )
 
@@ -48,16 +49,17 @@ class Optimize(Command):
         parser.add_argument(
             "--disable", metavar="RULE", action="append", default=[], help="leave out a rule (may be repeated)"
         )
-        add_tensorrt_choice(parser, weights=False)
+        add_lowering_choice(parser, weights=False)
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         from qwenforge.exporter.external_data import save_model
         from qwenforge.graph_passes.lower.tensorrt_signature import TENSORRT_MAX_LENGTH, check_precision
         from qwenforge.graph_passes.pipeline import optimize
+        from qwenforge.tensorrt_choice import TensorRTChoice
 
         _refuse_output(args.model, args.output)
-        choice = tensorrt_choice(args)
+        choice = lowering_choice(args)
         model = _load(args.model)
         result = optimize(
             model,
@@ -66,7 +68,7 @@ class Optimize(Command):
             disable=args.disable,
             positions=args.max_length,
             choice=choice,
-            capacity=(args.max_length or TENSORRT_MAX_LENGTH) if choice is not None else None,
+            capacity=(args.max_length or TENSORRT_MAX_LENGTH) if isinstance(choice, TensorRTChoice) else None,
         )
         if choice is not None:
             check_precision(result.model)

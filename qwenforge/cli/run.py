@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwenforge.cli.arguments import add_bundle, add_json, add_threads, positive_int
+from qwenforge.cli.arguments import add_bundle, add_json, add_plugin_library, add_threads, positive_int
 from qwenforge.cli.base import EXIT_DONE, Command
 from qwenforge.errors import UserError
 from qwenforge.runtime.stopping import DEFAULT_MAX_NEW_TOKENS
@@ -26,7 +26,8 @@ class Run(Command):
     help: ClassVar[str] = "generate text with a bundle"
     description: ClassVar[str] = (
         "Continue texts, or answer a chat message, with a bundle made by 'qwenforge export'. Text appears as it is "
-        "generated. The best token is always chosen unless --temperature is given."
+        "generated. The best token is always chosen unless --temperature is given. Bundles for ort-cpu and portable "
+        "run on the CPU, those for ort-cuda on an NVIDIA GPU with onnxruntime-gpu."
     )
     example: ClassVar[str] = """
 qwenforge run ./qwen2-bundle --prompt "Once upon a time" --max-new-tokens 64
@@ -71,6 +72,7 @@ git log -1 | qwenforge run ./qwen2-bundle --prompt - --json
         parser.add_argument("--seed", type=int, metavar="N", help="make sampling reproducible")
         parser.add_argument("--n", type=positive_int, default=1, metavar="N", help="samples a prompt (default: 1)")
         add_threads(parser)
+        add_plugin_library(parser)
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -79,7 +81,7 @@ git log -1 | qwenforge run ./qwen2-bundle --prompt - --json
 
         from qwenforge.runtime import load
 
-        model = load(args.bundle, threads=args.threads)
+        model = load(args.bundle, threads=args.threads, plugin_library=args.plugin_library)
         options = {
             name: getattr(args, name)
             for name in (

@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwenforge import targets
-from qwenforge.cli.doctor import Capability, assess, assess_tensorrt
+from qwenforge.cli.doctor import Capability, assess, assess_ort_cuda, assess_tensorrt
 from qwenforge.cli.main import main
 from qwenforge.engine.tensorrt.gpu import LocalGpu
 from qwenforge.packages import Package, survey
@@ -36,8 +35,7 @@ def _named(capabilities: list[Capability], start: str) -> Capability:
 
 def test_development_environment_can_do_everything_built(packages: tuple[Package, ...]) -> None:
     for capability in assess(packages):
-        planned = any(capability.name.endswith(f"target {name}") for name in targets.PLANNED)
-        assert capability.ready != planned, capability
+        assert capability.ready, capability
 
 
 def test_missing_torch_disables_export_only_and_says_what_to_install(packages: tuple[Package, ...]) -> None:
@@ -56,10 +54,18 @@ def test_missing_onnxruntime_disables_running(packages: tuple[Package, ...]) -> 
     assert run.install == "pip install --upgrade 'qwenforge'"
 
 
-def test_planned_target_is_reported_as_not_built(packages: tuple[Package, ...]) -> None:
-    capability = _named(assess(packages), "build and run: target ort-cuda")
-    assert "not built yet" in capability.detail
-    assert capability.install == ""
+def test_ort_cuda_without_its_parts_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenforge.engine.ort_library._PLACES", ())
+    monkeypatch.delenv("QWENFORGE_ORT_LIBRARY", raising=False)
+    run, library = assess_ort_cuda()
+    assert run.name == "run: target ort-cuda" and not run.ready and "needs onnxruntime-gpu" in run.detail
+    assert library.name.startswith("custom ops") and not library.ready and library.install == "make plugins"
+
+
+def test_ort_cuda_with_its_parts_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenforge.runtime.backends.require_cuda", lambda: "onnxruntime 1.31.1 on H200 (SM 90)")
+    found = _named(assess_ort_cuda(), "run: target ort-cuda")
+    assert found.ready and found.detail == "onnxruntime 1.31.1 on H200 (SM 90)"
 
 
 def test_json_is_one_object_with_the_facts(capsys: pytest.CaptureFixture[str]) -> None:

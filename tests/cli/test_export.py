@@ -137,8 +137,9 @@ def test_unusable_checkpoint_is_refused_in_one_sentence(
     [
         (["--dtype", "bf16"], "target ort-cpu does not support dtype bf16", "choose fp32"),
         (["--dtype", "fp64"], "target ort-cpu does not support dtype fp64", "choose fp32"),
-        (["--target", "ort-cuda"], "target ort-cuda (ONNX Runtime on an NVIDIA GPU) is not built yet", "use ort-cpu"),
-        (["--target", "npu"], "unknown target 'npu'", "use ort-cpu or tensorrt"),
+        (["--target", "ort-cuda", "--dtype", "fp32"], "target ort-cuda does not support dtype fp32", "choose bf16"),
+        (["--target", "ort-cuda", "--tensorrt", "11.4"], "--tensorrt belongs to --target tensorrt", "leave it out"),
+        (["--target", "npu"], "unknown target 'npu'", "use ort-cpu or ort-cuda or tensorrt"),
         (["--max-length", "100000"], "--max-length 100000 is beyond the model's 256 positions", "256"),
     ],
 )

@@ -14,6 +14,7 @@ from qwenforge.cli.main import main
 from qwenforge.graph_passes import lower, pipeline
 from qwenforge.graph_passes.infra import FusionPass
 from qwenforge.graph_passes.verify import verify_rewrite
+from support.foreign_graphs import ForeignGraph, foreign_model
 from support.toy_attention import toy_attention
 
 
@@ -200,3 +201,21 @@ def test_model_with_external_data_is_rewritten_with_its_weights(
     path.unlink()
     (tmp_path / "in.onnx.data").unlink()
     assert verify_rewrite(toy_attention("growing"), ir.load(output)).ok
+
+
+@pytest.mark.parametrize(("attention", "op"), [("native", "GroupQueryAttention"), ("plugin", "QwenForgeAttention")])
+def test_foreign_graph_is_lowered_for_ort_cuda(tmp_path: Path, attention: str, op: str) -> None:
+    model = foreign_model(ForeignGraph(attention="sdpa", opset=23, dtype="float16"))
+    ir.save(model, tmp_path / "in.onnx")
+    command = ["optimize", tmp_path / "in.onnx", "-o", tmp_path / "out.onnx", "--target", "ort-cuda", "--verify"]
+    assert main([*map(str, command), "--attention", attention]) == 0
+    found = [node.op_type for node in ir.load(tmp_path / "out.onnx").graph]
+    assert found.count(op) == 2
+
+
+def test_foreign_graph_in_fp32_is_refused_for_ort_cuda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ir.save(foreign_model(ForeignGraph()), tmp_path / "in.onnx")
+    command = ["optimize", str(tmp_path / "in.onnx"), "-o", str(tmp_path / "out.onnx"), "--target", "ort-cuda"]
+    assert main(command) == 1
+    assert "compute in 16 bits; export the model in fp16 or bf16" in capsys.readouterr().err
+    assert not (tmp_path / "out.onnx").exists()

@@ -250,7 +250,9 @@ def test_linked_weights_on_another_disk_are_one_sentence(
         ({"max_length": 257}, r"--max-length 257 is beyond the model's 256 positions"),
         ({"weights": "symlink"}, r"--weights is copy or link, not symlink"),
         ({"dtype": "bf16"}, r"target ort-cpu does not support dtype bf16"),
-        ({"target": "ort-cuda"}, r"target ort-cuda .* is not built yet"),
+        ({"target": "ort-cuda", "dtype": "fp32"}, r"target ort-cuda does not support dtype fp32: .*choose bf16"),
+        ({"target": "ort-cuda", "dtype": "int4"}, r"--dtype int4 needs calibrated scales.*choose bf16 or fp16"),
+        ({"target": "ort-cuda", "weights": "link"}, r"--weights link .*ort-cuda, which packs the weights"),
         ({"target": "tensorrt"}, r"--target tensorrt needs --device, one of a100, "),
         (
             {"target": "tensorrt-rtx", "dtype": "fp32"},

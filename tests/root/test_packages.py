@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -15,6 +16,7 @@ from qwenforge import packages
         ("numpy>=1.26", ("numpy", "1.26", "")),
         ("rich", ("rich", "", "")),
         ("torch>=2.9; extra == 'export'", ("torch", "2.9", "export")),
+        ("onnxruntime-gpu[cuda,cudnn]>=1.31; extra == 'cuda'", ("onnxruntime-gpu", "1.31", "cuda")),
         ('ruff==0.17.*; extra == "dev"', ("ruff", "", "dev")),
         ('onnx-ir >= 1.0 ; python_version >= "3.10"', ("onnx-ir", "1.0", "")),
     ],
@@ -55,3 +57,17 @@ def test_package_that_does_not_import_is_not_usable(monkeypatch: pytest.MonkeyPa
     package = packages.inspect_package("pytest", "8", "dev")
     assert package.version
     assert package.problem.startswith("does not import")
+
+
+def test_gpu_build_of_onnxruntime_stands_in_for_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are two distributions of one module; only one of them should be installed."""
+
+    def version(name: str) -> str:
+        if name == "onnxruntime-gpu":
+            return "1.31.1"
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(packages.metadata, "version", version)
+    assert packages.installed_version("onnxruntime") == "1.31.1"
+    assert packages.inspect_package("onnxruntime", "1.31", "").usable
+    assert packages.installed_version("onnx") == ""

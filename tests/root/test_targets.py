@@ -26,6 +26,12 @@ def test_bf16_on_ort_cpu_is_refused_with_alternatives() -> None:
         targets.resolve_dtype("ort-cpu", "bf16")
 
 
+def test_fp32_on_a_gpu_is_refused_with_alternatives() -> None:
+    with pytest.raises(UnsupportedError, match=r"ort-cuda .*fp32: .*16 bits.*bf16.*fp16.*--target ort-cpu"):
+        targets.resolve_dtype("ort-cuda", "fp32")
+    assert targets.resolve_dtype("ort-cuda", None) == "bf16"
+
+
 @pytest.mark.parametrize("target", targets.TARGETS.values(), ids=lambda target: target.name)
 def test_every_dtype_is_supported_or_refused_with_a_reason(target: targets.Target) -> None:
     assert set(target.dtypes) | set(target.refused) == set(targets.DTYPES)
@@ -33,16 +39,9 @@ def test_every_dtype_is_supported_or_refused_with_a_reason(target: targets.Targe
     assert not set(target.dtypes) & set(target.refused)
 
 
-@pytest.mark.parametrize("name", targets.PLANNED)
-def test_planned_target_is_refused_by_name(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"target {name} .*not built yet.*ort-cpu"):
-        targets.get(name)
-
-
 def test_unknown_target_lists_the_known_ones() -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"unknown target 'gpu'; use ort-cpu or tensorrt or tensorrt-rtx or portable"
-    ):
+    known = "ort-cpu or ort-cuda or tensorrt or tensorrt-rtx or portable"
+    with pytest.raises(UnsupportedError, match=rf"unknown target 'gpu'; use {known}"):
         targets.resolve_dtype("gpu", None)
 
 

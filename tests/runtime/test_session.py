@@ -125,7 +125,7 @@ def test_load_refuses_argument_out_of_range(bundle: Path, options: Any, message:
 
 
 def test_load_refuses_target_of_another_runtime(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="target is tensorrt, this runtime runs ort-cpu and portable"):
+    with pytest.raises(UnsupportedError, match="target is tensorrt, this runtime runs ort-cpu, portable, ort-cuda"):
         load(write_bundle(tmp_path / "bundle", target="tensorrt"))
 
 
