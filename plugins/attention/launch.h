@@ -18,6 +18,11 @@ inline int64_t groupRows(AttentionShape const& shape) noexcept
     return shape.sequence * (shape.numHeads / shape.numKeyValueHeads);
 }
 
+// Of shared memory: the most that a block may have on every GPU, SM 86, 89 and 120 having the least, and what CUDA itself
+// takes for each block.
+constexpr size_t kMostBlockBytes = 99 * 1024;
+constexpr size_t kReservedBytes = 1024;
+
 constexpr int32_t kSplitRows = 16;      // group rows of a tile of kSplit
 constexpr int32_t kMostSplitRows = 128; // that kSplit takes
 constexpr int32_t kTiledRows = 128;     // of a tile of kTiled

@@ -10,7 +10,6 @@ namespace
 {
 
 constexpr int64_t kMostParts = 1024; // that splits bring about, on the largest device
-constexpr int64_t kMostSplits = 128;
 
 int64_t tilesOf(AttentionShape const& shape) noexcept
 {
@@ -27,6 +26,8 @@ template <CacheType kType, typename T, int32_t kHead>
 cudaError_t launchSplitOf(Call<kType, T> const& call, int32_t splits, void* workspace, cudaStream_t stream)
 {
     using L = SplitTiling<kType, T, kHead>;
+    static_assert(sizeof(SplitMemory<L>) <= kMostBlockBytes);
+    static_assert(kSplitBlocks * (sizeof(SplitMemory<L>) + kReservedBytes) <= 228 * 1024, "SM 90's");
     int64_t const rows = call.sequence * call.group;
     auto const tiles = static_cast<int32_t>(ceilDiv(rows, kSplitRows));
     int64_t const parts = call.batch * call.keyValueHeads * tiles * splits;
@@ -47,7 +48,7 @@ cudaError_t launchSplitOf(Call<kType, T> const& call, int32_t splits, void* work
     if (splits > 1)
     {
         QWENFORGE_LAUNCH((combineSplits<kType, T, kHead>),
-            dim3(static_cast<unsigned>(call.batch * call.keyValueHeads * rows)), dim3(kHead / 2), stream, call, tiles, splits,
+            dim3(static_cast<unsigned>(call.batch * call.keyValueHeads * rows)), dim3(kMergeThreads), stream, call, tiles, splits,
             partials);
     }
     return cudaGetLastError();

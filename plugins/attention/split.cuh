@@ -22,6 +22,8 @@ constexpr int32_t kSplitStages = 4;
 constexpr int32_t kSplitStageBytes = 4096;
 constexpr int32_t kSplitBlocks = 3; // of a multiprocessor, where its shared memory is as large as SM 90's
 constexpr int32_t kLeastSplitKeys = 128;
+constexpr int32_t kMostSplits = 128;
+constexpr int32_t kMergeThreads = 256;
 
 template <CacheType kType, typename T, int32_t kHead>
 using SplitTiling = Tiling<kType, T, kHead,
@@ -149,41 +151,79 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     }
 }
 
-// Block (b * Hk + h) * S G + row takes one group row, thread c its channels 2 c and 2 c + 1. A part that saw nothing is not
-// read.
+// Block (b * Hk + h) * S G + row takes one group row. Its threads are divided into groups of D / 2: thread c of each owns the
+// channels 2 c and 2 c + 1, group i the parts i, i + kGroups, ..., so that many of them are on their way at once; the groups
+// are then added up in their order. A part that saw nothing is not read: it has not written its values. Shared memory holds
+// maximum and weight of each part, what its values are multiplied by, and the sums of each group.
 template <CacheType kType, typename T, int32_t kHead>
-__global__ void __launch_bounds__(kHead / 2)
+__global__ void __launch_bounds__(kMergeThreads)
     combineSplits(Call<kType, T> call, int32_t tiles, int32_t splits, Partials partials)
 {
+    constexpr int32_t kGroupThreads = kHead / 2;
+    constexpr int32_t kGroups = kMergeThreads / kGroupThreads;
+    QWENFORGE_SHARED(maxima, float[kMostSplits]);
+    QWENFORGE_SHARED(weights, float[kMostSplits]);
+    QWENFORGE_SHARED(shares, float[kMostSplits]);
+    QWENFORGE_SHARED(sums, float[kGroups][kHead]);
     int64_t const rows = call.sequence * call.group;
     int64_t const row = blockIdx.x % rows;
     int64_t const keyHead = blockIdx.x / rows;
     int64_t const first = (keyHead * tiles + row / kSplitRows) * splits; // part
-    int32_t const channel = 2 * static_cast<int32_t>(threadIdx.x);
+    int32_t const thread = static_cast<int32_t>(threadIdx.x);
+    int32_t const lane = thread % kWarpSize;
+    int32_t const group = thread / kGroupThreads;
+    int32_t const channel = 2 * (thread % kGroupThreads);
     auto const at = [&](int32_t split) { return (first + split) * kSplitRows + row % kSplitRows; };
-    float maximum = -INFINITY;
-    for (int32_t split = 0; split < splits; ++split)
+    if (thread < splits)
     {
-        maximum = fmaxf(maximum, partials.maximum[at(split)]);
+        maxima[thread] = partials.maximum[at(thread)];
+        weights[thread] = partials.weight[at(thread)];
     }
-    float weight = 0.0f;
-    float values[2]{};
-    for (int32_t split = 0; split < splits; ++split)
+    __syncthreads();
+    float maximum = -INFINITY;
+    for (int32_t split = lane; split < splits; split += kWarpSize)
     {
-        float const own = partials.weight[at(split)];
-        if (own != 0.0f) // NaN too
+        maximum = fmaxf(maximum, maxima[split]);
+    }
+    float const base = baseOf(warpMax(maximum));
+    if (thread < splits)
+    {
+        shares[thread] = exp2f(maxima[thread] - base);
+    }
+    __syncthreads();
+    float weight = 0.0f;
+    for (int32_t split = lane; split < splits; split += kWarpSize)
+    {
+        weight += weights[split] * shares[split];
+    }
+    weight = warpSum(weight);
+    float values[2]{};
+#pragma unroll 4
+    for (int32_t split = group; split < splits; split += kGroups)
+    {
+        if (weights[split] != 0.0f) // NaN too
         {
-            float const share = exp2f(partials.maximum[at(split)] - baseOf(maximum));
             auto const part = *reinterpret_cast<float2 const*>(partials.values + at(split) * kHead + channel);
-            weight += own * share;
-            values[0] += part.x * share;
-            values[1] += part.y * share;
+            values[0] += part.x * shares[split];
+            values[1] += part.y * shares[split];
         }
     }
+    sums[group][channel] = values[0];
+    sums[group][channel + 1] = values[1];
+    __syncthreads();
+    if (group > 0)
+    {
+        return;
+    }
+#pragma unroll
+    for (int32_t other = 1; other < kGroups; ++other)
+    {
+        values[0] += sums[other][channel];
+        values[1] += sums[other][channel + 1];
+    }
     auto const head = static_cast<int32_t>(keyHead % call.keyValueHeads);
-    float const scale = valueScale(call, head);
-    call.write(outputOf(call, keyHead / call.keyValueHeads, head, row) + channel, values[0] / weight * scale,
-        values[1] / weight * scale);
+    float const factor = valueScale(call, head) / weight;
+    call.write(outputOf(call, keyHead / call.keyValueHeads, head, row) + channel, values[0] * factor, values[1] * factor);
 }
 
 } // namespace attention

@@ -11,6 +11,8 @@ template <CacheType kType, typename T, int32_t kHead>
 cudaError_t launchTiledOf(Call<kType, T> const& call, cudaStream_t stream)
 {
     using L = TiledTiling<kType, T, kHead>;
+    static_assert(sizeof(TiledMemory<L>) <= kMostBlockBytes);
+    static_assert(kTiledBlocks * (sizeof(TiledMemory<L>) + kReservedBytes) <= 164 * 1024, "SM 80's");
     auto const tiles = static_cast<int32_t>(ceilDiv(call.sequence * call.group, kTiledRows));
     cudaError_t const error = QWENFORGE_ALLOW_SHARED((attendTiled<kType, T, kHead>), sizeof(TiledMemory<L>));
     if (error != cudaSuccess)

@@ -192,14 +192,14 @@ BUGS = {
         "(keyHead * tiles + row / kSplitRows) * splits",
         "keyHead * tiles * splits",
     ),
-    "parts not rescaled": ("parts", SPLIT, "weight += own * share;", "weight += own;"),
+    "parts not rescaled": ("parts", SPLIT, "weight += weights[split] * shares[split];", "weight += weights[split];"),
     "scale of values forgotten by the parts": (
         "parts, int8",
         SPLIT,
-        "float const scale = valueScale(call, head);\n    call.write",
-        "float const scale = 1.0f;\n    call.write",
+        "valueScale(call, head) / weight",
+        "1.0f / weight",
     ),
-    "one thread too few": ("parts", SPLIT_LAUNCH, "dim3(kHead / 2), stream", "dim3(kHead / 4), stream"),
+    "one thread too few": ("parts", SPLIT_LAUNCH, "dim3(kMergeThreads), stream", "dim3(kMergeThreads / 2), stream"),
     "last key of a tile": ("tiled", TILED, "last >= 0 ? last + 1 : 0", "last >= 0 ? last : 0"),
     "window of the last row for all": ("tiled, window", TILED, "lowest < 0 ? 0 : lowest", "last"),
     "all warps see as the first one": (
