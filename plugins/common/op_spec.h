@@ -11,7 +11,7 @@ namespace qwenforge
 
 // Bounds of the fixed arrays below; the generated headers assert that they hold.
 constexpr int32_t kMaxAttributes = 16;
-constexpr int32_t kMaxTensors = 16;
+constexpr int32_t kMaxTensors = 20;
 constexpr int32_t kMaxSizes = 8;
 constexpr int32_t kMaxTypeVariables = 2;
 

@@ -13,6 +13,10 @@ namespace
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
+// Said where an output has memory of its own.
+constexpr char const* kHowToShare = "bind one OrtValue to both (IO binding's bind_ortvalue_input and "
+                                    "bind_ortvalue_output), on the device of the session";
+
 // Whether the node names a tensor at this place: an optional input is left out by an empty name, or at the end.
 OrtStatus* isGiven(OrtApi const& api, OrtKernelInfo const* info, size_t count, size_t index, bool& given) noexcept
 {
@@ -214,7 +218,8 @@ OrtStatus* Kernel::bind(OrtKernelContext* context, Binding& binding, Tensors& te
             return status;
         }
     }
-    return mContract.bindAddresses(inputs, outputs, binding, tensors, problem) ? nullptr : refusal(mApi, problem);
+    return mContract.bindAddresses(inputs, outputs, binding, kHowToShare, tensors, problem) ? nullptr
+                                                                                           : refusal(mApi, problem);
 }
 
 OrtStatus* Kernel::launch(OrtKernelContext* context, Binding const& binding, Tensors const& tensors) const noexcept

@@ -7,6 +7,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <new>
+
 namespace qwenforge
 {
 
@@ -18,10 +20,31 @@ struct OpTable
     bool (*checkSizes)(Contract const& contract, Binding const& binding, Message& problem) noexcept;
     cudaError_t (*launch)(Contract const& contract, Binding const& binding, Tensors const& tensors, void* workspace,
         size_t workspaceBytes, cudaStream_t stream) noexcept;
+    // Gives the number of outputs that share an input's memory, their indices and those inputs', in memory for delete[].
+    size_t (*aliasMap)(int** inputs, int** outputs) noexcept;
 };
 
+// ONNX Runtime asks without saying of which op, so that each has a function of its own.
 template <typename Op>
-inline constexpr OpTable kOpTable{Op::spec(), Op::workspaceBytes, Op::checkSizes, Op::launch};
+size_t aliasMap(int** inputs, int** outputs) noexcept
+{
+    OpSpec const& spec = Op::spec();
+    *inputs = new (std::nothrow) int[kMaxTensors];
+    *outputs = new (std::nothrow) int[kMaxTensors];
+    size_t count = 0;
+    for (int32_t i = 0; *inputs != nullptr && *outputs != nullptr && i < spec.outputCount; ++i)
+    {
+        if (spec.outputs[i].aliases >= 0)
+        {
+            (*inputs)[count] = spec.outputs[i].aliases;
+            (*outputs)[count++] = i;
+        }
+    }
+    return count;
+}
+
+template <typename Op>
+inline constexpr OpTable kOpTable{Op::spec(), Op::workspaceBytes, Op::checkSizes, Op::launch, aliasMap<Op>};
 
 // Immutable after creation: a session may run it from several threads.
 class Kernel

@@ -52,7 +52,7 @@ cudaError_t launch(Contract const&, Binding const&, Tensors const& tensors, void
     return gResult;
 }
 
-constexpr OpTable kOp{moe_spec::kSpec, workspaceBytes, checkSizes, launch};
+constexpr OpTable kOp{moe_spec::kSpec, workspaceBytes, checkSizes, launch, nullptr};
 
 OrtKernelInfo node()
 {
