@@ -91,7 +91,7 @@ struct OrtApi
     OrtStatus* (*CastTypeInfoToTensorInfo)(OrtTypeInfo const* info, OrtTensorTypeAndShapeInfo const** out); // 55
     void* skipped56;
     OrtStatus* (*CreateTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo** out); // 57
-    void* skipped58;
+    OrtStatus* (*SetTensorElementType)(OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType type);
     OrtStatus* (*SetDimensions)(OrtTensorTypeAndShapeInfo* info, int64_t const* values, size_t count); // 59
     OrtStatus* (*GetTensorElementType)(OrtTensorTypeAndShapeInfo const* info, ONNXTensorElementDataType* out); // 60
     OrtStatus* (*GetDimensionsCount)(OrtTensorTypeAndShapeInfo const* info, size_t* out);

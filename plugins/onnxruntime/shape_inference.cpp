@@ -14,9 +14,13 @@ struct Extent
     int64_t value{-1};
     char const* name{""};
 
+    bool isKnown() const noexcept
+    {
+        return value >= 0 || name[0] != '\0';
+    }
     bool saysMoreThan(Extent const& other) const noexcept
     {
-        return other.value < 0 && (value >= 0 || (other.name[0] == '\0' && name[0] != '\0'));
+        return other.value < 0 && (value >= 0 || (isKnown() && !other.isKnown()));
     }
 };
 
@@ -87,21 +91,31 @@ bool readAttributes(
     return checkValues(spec, values, ignored);
 }
 
-OrtStatus* setShape(OrtApi const& api, OrtShapeInferContext* context, int32_t output, Extent const* extents,
-    int32_t rank) noexcept
+// Leaves the shape out where an extent is neither a number nor has a name: this interface would make it the number -1,
+// equal to every other such extent when ONNX Runtime plans which tensors can share memory.
+OrtStatus* setOutput(OrtApi const& api, OrtShapeInferContext* context, int32_t output, ONNXTensorElementDataType type,
+    Extent const* extents, int32_t rank) noexcept
 {
+    int64_t values[nvinfer1::Dims::MAX_DIMS]{};
+    char const* names[nvinfer1::Dims::MAX_DIMS]{};
+    for (int32_t axis = 0; axis < rank; ++axis)
+    {
+        if (!extents[axis].isKnown())
+        {
+            return nullptr;
+        }
+        values[axis] = extents[axis].value;
+        names[axis] = extents[axis].name;
+    }
     OrtTensorTypeAndShapeInfo* info = nullptr;
     if (OrtStatus* const status = api.CreateTensorTypeAndShapeInfo(&info))
     {
         return status;
     }
     Owned<OrtTensorTypeAndShapeInfo> const owned(info, api.ReleaseTensorTypeAndShapeInfo);
-    int64_t values[nvinfer1::Dims::MAX_DIMS]{};
-    char const* names[nvinfer1::Dims::MAX_DIMS]{};
-    for (int32_t axis = 0; axis < rank; ++axis)
+    if (OrtStatus* const status = api.SetTensorElementType(info, type))
     {
-        values[axis] = extents[axis].value;
-        names[axis] = extents[axis].name;
+        return status;
     }
     if (OrtStatus* const status = api.SetDimensions(info, values, static_cast<size_t>(rank)))
     {
@@ -118,7 +132,13 @@ OrtStatus* setShape(OrtApi const& api, OrtShapeInferContext* context, int32_t ou
 
 OrtStatus* inferOutputShapes(OrtApi const& api, OpSpec const& spec, OrtShapeInferContext* context) noexcept
 {
+    AttributeValue attributes[kMaxAttributes]{};
+    if (!readAttributes(api, spec, context, attributes))
+    {
+        return nullptr;
+    }
     Extent sizes[kMaxSizes];
+    ONNXTensorElementDataType types[kMaxTypeVariables]{};
     size_t count = 0;
     if (OrtStatus* const status = api.ShapeInferContext_GetInputCount(context, &count))
     {
@@ -132,17 +152,25 @@ OrtStatus* inferOutputShapes(OrtApi const& api, OpSpec const& spec, OrtShapeInfe
         {
             return status;
         }
-        OrtStatus* const status = info == nullptr ? nullptr : readSizes(api, info, spec.inputs[i], sizes);
-        if (status != nullptr)
+        if (info == nullptr)
+        {
+            continue; // left out
+        }
+        int32_t const variable = spec.inputs[i].type(attributes).variable;
+        bool const isFirst = variable >= 0 && types[variable] == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+        if (OrtStatus* const status = isFirst ? api.GetTensorElementType(info, &types[variable]) : nullptr)
+        {
+            return status;
+        }
+        if (OrtStatus* const status = readSizes(api, info, spec.inputs[i], sizes))
         {
             return status;
         }
     }
-    AttributeValue attributes[kMaxAttributes]{};
-    bool const areKnown = readAttributes(api, spec, context, attributes);
     for (int32_t i = 0; i < spec.outputCount; ++i)
     {
         TensorSpec const& output = spec.outputs[i];
+        TypeSpec const& type = output.type(attributes);
         Extent extents[nvinfer1::Dims::MAX_DIMS];
         for (int32_t axis = 0; axis < output.rank; ++axis)
         {
@@ -151,12 +179,13 @@ OrtStatus* inferOutputShapes(OrtApi const& api, OpSpec const& spec, OrtShapeInfe
             {
                 extents[axis] = sizes[dimension.size];
             }
-            else if (areKnown)
+            else
             {
                 extents[axis].value = dimension.expression(attributes);
             }
         }
-        if (OrtStatus* const status = setShape(api, context, i, extents, output.rank))
+        if (OrtStatus* const status = setOutput(api, context, i,
+                type.variable < 0 ? elementTypeOf(type.type) : types[type.variable], extents, output.rank))
         {
             return status;
         }

@@ -1,4 +1,5 @@
-// The shapes of a node's outputs before it runs, as far as the graph knows them: nodes behind it are planned with them.
+// Types and shapes of a node's outputs before it runs, as far as the graph knows them: nodes behind it are typed and
+// planned with them.
 
 #pragma once
 
@@ -8,7 +9,8 @@
 namespace qwenforge
 {
 
-// Sets every output's shape: an extent is a number, the graph's name for one, or unknown.
+// Sets type and shape of every output whose extents are numbers or have names in the graph. Where attributes are missing
+// or out of their ranges it sets nothing, and leaves it to the kernel to say so.
 OrtStatus* inferOutputShapes(OrtApi const& api, OpSpec const& spec, OrtShapeInferContext* context) noexcept;
 
 } // namespace qwenforge

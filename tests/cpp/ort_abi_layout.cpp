@@ -19,6 +19,7 @@ ENTRY(AddCustomOpDomain, 28);
 ENTRY(GetTensorMutableData, 51);
 ENTRY(CastTypeInfoToTensorInfo, 55);
 ENTRY(CreateTensorTypeAndShapeInfo, 57);
+ENTRY(SetTensorElementType, 58);
 ENTRY(SetDimensions, 59);
 ENTRY(GetTensorElementType, 60);
 ENTRY(GetDimensionsCount, 61);

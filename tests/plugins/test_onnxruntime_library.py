@@ -12,7 +12,7 @@ import pytest
 
 from support import simt
 from support.moe_cases import Case, Weights
-from support.ort_custom_op import PLUGINS, generate_header, moe_model, ort_library, session
+from support.ort_custom_op import PLUGINS, generate_headers, moe_model, ort_library, session
 from support.plugin_library import cmake, cuda_folder, why_missing
 from support.source_tree import ROOT
 
@@ -24,7 +24,7 @@ CPP = ROOT / "tests" / "cpp"
 @needs_kernels
 def test_kernel_keeps_to_its_stream_and_gives_everything_back(tmp_path: Path) -> None:
     """Against a stand-in for ONNX Runtime with a stream, whose every call fails once; sanitized."""
-    generate_header(tmp_path)
+    generate_headers(tmp_path)
     command = ["g++", "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=address,undefined"]
     command += [f"-I{PLUGINS}", f"-I{CPP}", f"-I{tmp_path}", "-isystem", f"{cuda_folder()}/include"]
     command += ["-fno-sanitize-recover=undefined", str(CPP / "ort_kernel.cpp"), str(CPP / "cuda_stub.cpp")]
