@@ -103,4 +103,17 @@ struct OpSpec
     int32_t requirementCount;
 };
 
+// The attribute that chooses the types of outputs, -1 where none does.
+constexpr int32_t typeChoosingAttribute(OpSpec const& spec) noexcept
+{
+    for (int32_t i = 0; i < spec.outputCount; ++i)
+    {
+        if (spec.outputs[i].typeAttribute >= 0)
+        {
+            return spec.outputs[i].typeAttribute;
+        }
+    }
+    return -1;
+}
+
 } // namespace qwenforge

@@ -14,19 +14,6 @@ inline constexpr char const* kProviders[]{"CPUExecutionProvider"}; // the kernel
 inline constexpr char const* kProviders[]{"CUDAExecutionProvider", "CPUExecutionProvider"};
 #endif
 
-// The attribute that chooses the types of outputs, -1 where none does.
-constexpr int32_t typeChoosingAttribute(OpSpec const& spec) noexcept
-{
-    for (int32_t i = 0; i < spec.outputCount; ++i)
-    {
-        if (spec.outputs[i].typeAttribute >= 0)
-        {
-            return spec.outputs[i].typeAttribute;
-        }
-    }
-    return -1;
-}
-
 // What an op is called, takes and returns, for one type of its tensors. ONNX Runtime tells an output's type before it asks
 // for a kernel, from the types of the inputs alone: so an op is registered once for each type of its type variable, and
 // where an attribute chooses types of outputs, for each of those that it can choose. Two inputs decide which registration

@@ -24,6 +24,25 @@ struct Extent
     }
 };
 
+// Of type variables, and of what an attribute chooses for outputs.
+struct Types
+{
+    ONNXTensorElementDataType variables[kMaxTypeVariables]{};
+    ONNXTensorElementDataType chosen{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED};
+};
+
+// Where the type of a tensor is kept, null for a type that is fixed or that an attribute chooses for inputs only. What is
+// chosen comes from the first input of that choice, as with the registrations of an op (op_schema.h), and not from the
+// attribute: where the two disagree the kernel says so by name.
+ONNXTensorElementDataType* typeOf(OpSpec const& spec, TensorSpec const& tensor, Types& types) noexcept
+{
+    if (tensor.typeAttribute >= 0)
+    {
+        return tensor.typeAttribute == typeChoosingAttribute(spec) ? &types.chosen : nullptr;
+    }
+    return tensor.types->variable < 0 ? nullptr : &types.variables[tensor.types->variable];
+}
+
 // Takes from one input the sizes that its dimensions bring. Of another rank than the specification's its shape is not
 // known, or is refused by the kernel.
 OrtStatus* readSizes(OrtApi const& api, OrtTensorTypeAndShapeInfo const* info, TensorSpec const& tensor,
@@ -138,7 +157,7 @@ OrtStatus* inferOutputShapes(OrtApi const& api, OpSpec const& spec, OrtShapeInfe
         return nullptr;
     }
     Extent sizes[kMaxSizes];
-    ONNXTensorElementDataType types[kMaxTypeVariables]{};
+    Types types;
     size_t count = 0;
     if (OrtStatus* const status = api.ShapeInferContext_GetInputCount(context, &count))
     {
@@ -156,9 +175,9 @@ OrtStatus* inferOutputShapes(OrtApi const& api, OpSpec const& spec, OrtShapeInfe
         {
             continue; // left out
         }
-        int32_t const variable = spec.inputs[i].type(attributes).variable;
-        bool const isFirst = variable >= 0 && types[variable] == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-        if (OrtStatus* const status = isFirst ? api.GetTensorElementType(info, &types[variable]) : nullptr)
+        ONNXTensorElementDataType* const type = typeOf(spec, spec.inputs[i], types);
+        bool const isFirst = type != nullptr && *type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+        if (OrtStatus* const status = isFirst ? api.GetTensorElementType(info, type) : nullptr)
         {
             return status;
         }
@@ -170,7 +189,7 @@ OrtStatus* inferOutputShapes(OrtApi const& api, OpSpec const& spec, OrtShapeInfe
     for (int32_t i = 0; i < spec.outputCount; ++i)
     {
         TensorSpec const& output = spec.outputs[i];
-        TypeSpec const& type = output.type(attributes);
+        ONNXTensorElementDataType const* const type = typeOf(spec, output, types);
         Extent extents[nvinfer1::Dims::MAX_DIMS];
         for (int32_t axis = 0; axis < output.rank; ++axis)
         {
@@ -185,7 +204,7 @@ OrtStatus* inferOutputShapes(OrtApi const& api, OpSpec const& spec, OrtShapeInfe
             }
         }
         if (OrtStatus* const status = setOutput(api, context, i,
-                type.variable < 0 ? elementTypeOf(type.type) : types[type.variable], extents, output.rank))
+                type == nullptr ? elementTypeOf(output.types->type) : *type, extents, output.rank))
         {
             return status;
         }

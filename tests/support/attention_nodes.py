@@ -27,6 +27,7 @@ ELEMENTS = {
 }
 _ELEMENT_NAMES = {str(kind).removeprefix("torch."): element for kind, element in ELEMENTS.items()}
 _DEVICE = "cuda" if ON_GPU else "cpu"
+_NOTHING = torch.zeros(16, dtype=torch.uint8)
 
 
 def attributes_of(call: Call) -> dict[str, int | float]:
@@ -128,7 +129,8 @@ def run_in_place(session: Any, tensors: Mapping[str, torch.Tensor], output: torc
 
 def bind(to: Any, name: str, tensor: torch.Tensor) -> None:
     """``binding.bind_input`` or ``bind_output`` of a tensor's own memory."""
-    to(name, tensor.device.type, 0, ELEMENTS[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+    place = tensor if tensor.numel() else _NOTHING.to(tensor.device)  # an address is needed even so
+    to(name, tensor.device.type, 0, ELEMENTS[tensor.dtype], list(tensor.shape), place.data_ptr())
 
 
 def results(session: Any, call: Call, inputs: Inputs) -> Results:
