@@ -71,6 +71,10 @@ class PluginAttention(FusionPass):
                 "scale": node.attributes["scale"].as_float(),
                 "sliding_window": node.attributes["sliding_window"].as_int(),
                 "cache_type": 0,
+                "page_size": 0,
+                "packed_qkv": 0,
+                "qk_norm": 0,
+                "epsilon": 1e-6,
             }
             for index in (7, 8):  # position_ids, cache_position
                 value = node.inputs[index]
