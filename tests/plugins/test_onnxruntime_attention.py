@@ -174,7 +174,9 @@ def test_cache_with_memory_of_its_own_is_refused_and_says_how_to_bind(cache: str
     made = session(attention_model(DECODE, "float16"))
     tensors = tensors_of(DECODE, Inputs.random(DECODE, torch.float16))
     kept = {name: tensors[name].clone() for name in CACHE_NAMES}
-    sentence = f"{CACHE_NAMES[cache]} is not at the address of {cache}, whose memory it has to share: bind one OrtValue "
+    sentence = (
+        f"{CACHE_NAMES[cache]} is not at the address of {cache}, whose memory it has to share: bind one OrtValue "
+    )
     with pytest.raises(Exception, match=sentence):
         _call(made, tensors, DECODE, own=cache)
     assert all(torch.equal(tensors[name], kept[name]) for name in kept)
