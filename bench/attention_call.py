@@ -29,7 +29,7 @@ class AttentionShape(ctypes.Structure):
 class Attention:
     """A layer's heads, tables and caches, as in op.yaml.
 
-    cos, sin [P, D / 2]; keys, values [B, Hk, M, D], or with a page_table [B, pages of a row] the pages [N, Hk, page, D].
+    cos, sin [P, D / 2]; keys, values [B, Hk, M, D], or with a page_table [B, pages of a row] pages [N, Hk, page, D].
     Caches of another type than the tokens are int8 and have key_scales [Hk, D] and value_scales [Hk], fp32. query_norm
     and key_norm [D] ask for the norm of the heads.
     """

@@ -1,4 +1,4 @@
-"""Tensors that speak DLPack, read where they are: address, shape and type, without a copy and without their framework."""
+"""Tensors that speak DLPack, read where they are: address, shape and type, with neither a copy nor their framework."""
 
 from __future__ import annotations
 

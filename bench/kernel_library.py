@@ -1,8 +1,8 @@
 """The plugins' kernels from Python, on any tensors that speak DLPack: for tests and benchmarks, not for users.
 
-Needs nothing of qwenforge installed but bench/ in its namespace. :func:`build` compiles the kernels with nvcc; :class:`Kernels` calls them. Tensors
-(torch's, CuPy's, or NumPy's for a library of emulated kernels) are handed over without a copy, checked against what
-plugins/*/op.yaml says, and have to live on the library's device.
+Needs nothing of qwenforge installed but bench/ in its namespace. :func:`build` compiles the kernels with nvcc;
+:class:`Kernels` calls them. Tensors (torch's, CuPy's, or NumPy's for a library of emulated kernels) are handed over
+without a copy, checked against what plugins/*/op.yaml says, and have to live on the library's device.
 """
 
 from __future__ import annotations
