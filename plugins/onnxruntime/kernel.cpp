@@ -145,8 +145,34 @@ OrtStatus* Kernel::checkNode(OrtKernelInfo const* info) const noexcept
             return status;
         }
     }
-    return mContract.checkConfiguration(inputs, nullptr, problem) ? nullptr
+    return mContract.checkConfiguration(inputs, nullptr, problem) ? checkWritten(info)
                                                                   : refuseNode(mApi, mOp.spec, info, problem);
+}
+
+// An input whose memory an output shares is written: a constant of the model would be another one at the next call.
+OrtStatus* Kernel::checkWritten(OrtKernelInfo const* info) const noexcept
+{
+    for (int32_t i = 0; i < mOp.spec.outputCount; ++i)
+    {
+        int32_t const input = mOp.spec.outputs[i].aliases;
+        int isConstant = 0;
+        OrtValue const* value = nullptr; // the session's
+        OrtStatus* const status = input < 0
+            ? nullptr
+            : mApi.KernelInfoGetConstantInput_tensor(info, static_cast<size_t>(input), &isConstant, &value);
+        if (status != nullptr)
+        {
+            return status;
+        }
+        if (isConstant != 0)
+        {
+            Message problem;
+            problem.set("%s is a constant of the model, but it is updated in place: make it an input of the graph",
+                mOp.spec.inputs[input].name);
+            return refuseNode(mApi, mOp.spec, info, problem);
+        }
+    }
+    return nullptr;
 }
 
 OrtStatus* Kernel::compute(OrtKernelContext* context) const noexcept

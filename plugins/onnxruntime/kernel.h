@@ -51,7 +51,7 @@ class Kernel
 {
 public:
     // Null and an object in `kernel`, or what is wrong with the node: an attribute, a tensor that has to be there or must
-    // not, a type, or an extent that the graph knows already.
+    // not, a type, an extent that the graph knows already, or a constant where the op writes.
     static OrtStatus* create(OrtApi const& api, OpTable const& op, OrtKernelInfo const* info, Kernel*& kernel) noexcept;
 
     Kernel(Kernel const&) = delete;
@@ -64,6 +64,7 @@ private:
     Kernel(OrtApi const& api, OpTable const& op, AttributeValue const* attributes) noexcept;
 
     OrtStatus* checkNode(OrtKernelInfo const* info) const noexcept;
+    OrtStatus* checkWritten(OrtKernelInfo const* info) const noexcept;
     OrtStatus* bind(OrtKernelContext* context, Binding& binding, Tensors& tensors) const noexcept;
     OrtStatus* launch(OrtKernelContext* context, Binding const& binding, Tensors const& tensors) const noexcept;
     bool checkPresence(int32_t input, bool given, Message& problem) const noexcept;

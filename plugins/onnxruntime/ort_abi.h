@@ -131,7 +131,10 @@ struct OrtApi
     OrtStatus* (*KernelInfo_GetInputTypeInfo)(OrtKernelInfo const* info, size_t index, OrtTypeInfo** out); // 234
     void* skipped235[9];
     OrtStatus* (*KernelInfo_GetNodeName)(OrtKernelInfo const* info, char* out, size_t* size); // 244
-    void* skipped245[22];
+    void* skipped245[4];
+    OrtStatus* (*KernelInfoGetConstantInput_tensor)( // 249
+        OrtKernelInfo const* info, size_t index, int* isConstant, OrtValue const** out);
+    void* skipped250[17];
     OrtStatus* (*ShapeInferContext_GetInputCount)(OrtShapeInferContext const* context, size_t* out); // 267
     OrtStatus* (*ShapeInferContext_GetInputTypeShape)(
         OrtShapeInferContext const* context, size_t index, OrtTensorTypeAndShapeInfo** out);

@@ -44,6 +44,7 @@ ENTRY(KernelInfo_GetInputCount, 230);
 ENTRY(KernelInfo_GetInputName, 232);
 ENTRY(KernelInfo_GetInputTypeInfo, 234);
 ENTRY(KernelInfo_GetNodeName, 244);
+ENTRY(KernelInfoGetConstantInput_tensor, 249);
 ENTRY(ShapeInferContext_GetInputCount, 267);
 ENTRY(ShapeInferContext_GetInputTypeShape, 268);
 ENTRY(ShapeInferContext_GetAttribute, 269);

@@ -38,6 +38,7 @@ struct OrtKernelInfo
 {
     std::map<std::string, double> attributes;
     std::vector<OrtTensorTypeAndShapeInfo> inputs; // of type UNDEFINED where there is none
+    int constant = -1;                             // the one of them that is a constant
 };
 struct OrtKernelContext
 {
@@ -166,6 +167,12 @@ inline OrtApi table()
         std::copy_n(info->shape.begin(), count, values);
         return called();
     };
+    api.KernelInfoGetConstantInput_tensor
+        = [](OrtKernelInfo const* info, size_t index, int* isConstant, OrtValue const** out) noexcept {
+              *isConstant = static_cast<int>(index) == info->constant ? 1 : 0;
+              *out = nullptr;
+              return called();
+          };
     api.KernelInfoGetAllocator = [](OrtKernelInfo const*, OrtMemType, OrtAllocator** out) noexcept {
         OrtStatus* const failed = called();
         if (failed == nullptr)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from support import simt
 from support.attention_cases import DTYPES, Call, Inputs, Results, attended, linear, run, turned
@@ -366,6 +366,16 @@ def test_tensor_of_another_type_is_refused_in_a_sentence(name: str) -> None:
 def test_type_that_no_registration_has_is_refused_by_onnx_runtime(tensor: str) -> None:
     refusal = _refusal(_retyped(attention_model(DECODE, "float16"), tensor, TensorProto.FLOAT))
     assert f"Type 'tensor(float)' of input parameter ({tensor}) of operator (QwenForgeAttention)" in refusal
+
+
+def test_cache_that_is_a_constant_of_the_model_is_refused() -> None:
+    """It would be written, and another one at the next call."""
+    model = attention_model(Call(), "float16")
+    cache = next(info for info in model.graph.input if info.name == "past_key")
+    model.graph.input.remove(cache)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 2, 16, 64), np.float16), "past_key"))
+    sentence = "past_key is a constant of the model, but it is updated in place: make it an input of the graph"
+    assert f"QwenForgeAttention 'layer 3': {sentence}" in _refusal(model)
 
 
 def test_extent_that_the_graph_knows_is_refused_when_the_session_is_made() -> None:
