@@ -32,7 +32,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: lint $(TOOLS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # TensorRT without a GPU, and a CUDA compiler: 300 MB that only the tests and `make plugins` need.
 $(TOOLS): $(READY) tests/requirements.txt

@@ -157,6 +157,25 @@ def test_attention_takes_the_path_that_is_asked_for(kernels: Kernels) -> None:
     assert found.same_bits(run(call, inputs, "float16"))
 
 
+@pytest.mark.parametrize("path", ["split", "tiled"])
+def test_keys_beyond_two_to_the_31_are_found(path: str, kernels: Kernels) -> None:
+    """In the last places of the last head of caches of 2.7e9 elements, whose other pages are never touched."""
+    capacity, window = 5_242_880, 40
+    call = Call(starts=(40,), capacity=48, heads=8, kv_heads=4, size=128, window=window, cache="int8", path=path)
+    inputs = Inputs.random(call, torch.float16)
+    expected = _attention(call, inputs)
+    kernels.attention(**expected, path=path)
+    far = _attention(call, inputs)
+    caches = [np.zeros((1, 4, capacity, 128), np.int8) for _ in range(2)]
+    for cache, small in zip(caches, (inputs.key_cache, inputs.value_cache), strict=True):
+        cache[:, :, -41:-1] = small[:, :, :40].numpy()
+    far["layer"] = replace(far["layer"], keys=caches[0], values=caches[1])
+    far["starts"] = _placed(np.array([capacity - 1], np.int32))
+    kernels.attention(**far, path=path)
+    assert torch.equal(far["output"], expected["output"])
+    assert np.array_equal(caches[0][0, :, -1], expected["layer"].keys[0, :, 40].numpy())
+
+
 def _layer(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda given: {**given, "layer": replace(given["layer"], **changes)}
 

@@ -29,6 +29,11 @@ CALLS = {
     "window of 1": Call(starts=(6,), sequence=3, window=1),
     "window of 4": Call(starts=(2, 9), sequence=5, window=4),
     "window wider than the cache": Call(starts=(2,), sequence=5, window=100),
+    "tables of YaRN": Call(starts=(40,), sequence=3, capacity=48, yarn=4.0),
+    "the last place of 131072": Call(starts=(131071,), capacity=131072, positions=131072, window=150),
+    "the last places of 131072, pages": Call(
+        starts=(131069,), sequence=3, capacity=131072, positions=131072, window=100, page_size=64, cache="int8"
+    ),
     "few keys of many": Call(starts=(3,), capacity=4000, positions=8),
     "more parts than one": Call(starts=(2051, 700), capacity=2100, positions=2100, heads=7, kv_heads=1),
     "more parts than one, wide heads": Call(

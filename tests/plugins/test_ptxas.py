@@ -11,10 +11,12 @@ from support.ptxas import TABLE, Kernel, compiled_kernels, compiler_version, par
 from support.summary import TABLES
 
 SMS = (80, 86, 87, 89, 90, 100, 110, 120)
-MOST_REGISTERS = 128
-"""Of a thread: at 256 threads two blocks fit the 65536 registers of a multiprocessor."""
+MOST_REGISTERS = {"attendSplit": 168, "attendTiled": 255}
+"""Of a thread, by kernel: three and two blocks of 128 threads fit the 65536 registers of a multiprocessor; and of all
+other kernels 128, two blocks of 256 threads."""
 MOST_SHARED_BYTES = 48 * 1024
-"""Of a block, without asking for more: two fit the 100 KiB of SM 86, 89 and 120, four those of SM 90."""
+"""Of a block, without asking for more (attention's bounds stand beside its launches): two fit the 100 KiB of SM
+86, 89 and 120, four those of SM 90."""
 
 pytestmark = pytest.mark.skipif(bool(why_missing()), reason=why_missing() or "-")
 
@@ -34,7 +36,9 @@ def test_kernels_do_not_spill_and_two_blocks_fit(sm: int, kernels: list[Kernel])
     # Experts: up and down, 4 kinds of weights, 2 types, 3 tiles.
     assert len([kernel for kernel in found if kernel.name.startswith("project")]) == 48
     assert {kernel.name: (kernel.spills, kernel.stack) for kernel in found} == {k.name: (0, 0) for k in found}
-    assert all(kernel.registers <= MOST_REGISTERS for kernel in found)
+    # Attention: two heads, 16-bit caches of two types and 8-bit ones of two kinds.
+    assert len([kernel for kernel in found if kernel.name.startswith(("attendSplit", "attendTiled"))]) == 16
+    assert all(kernel.registers <= MOST_REGISTERS.get(kernel.name.split()[0], 128) for kernel in found)
     assert all(kernel.shared <= MOST_SHARED_BYTES for kernel in found)
 
 

@@ -28,6 +28,10 @@ ATTENTION: dict[str, int | float] = {
     "scale": 0.125,
     "sliding_window": 0,
     "cache_type": 0,
+    "page_size": 0,
+    "packed_qkv": 0,
+    "qk_norm": 0,
+    "epsilon": 1e-6,
 }
 
 
@@ -37,8 +41,9 @@ def test_specification_is_loaded_and_speaks_of_its_own_attributes(plugin: str) -
     attributes = {attribute.name for attribute in spec.attributes}
     assert spec.name.startswith("QwenForge") and spec.version.isdecimal() and len(spec.summary) > 20
     assert all(attribute.meaning for attribute in spec.attributes)
-    zeros = dict.fromkeys(attributes, 0)
-    assert all(op_spec.evaluate(tensor.present_if, zeros) == 0 for tensor in spec.inputs if tensor.present_if)
+    for tensor in (tensor for tensor in spec.inputs if tensor.present_if):
+        found = {bool(op_spec.evaluate(tensor.present_if, dict.fromkeys(attributes, number))) for number in (0, 1, 3)}
+        assert found == {False, True}, f"{tensor.name} is always there, or never"
     assert {tensor.aliases for tensor in spec.outputs} - {None} <= {tensor.name for tensor in spec.inputs}
 
 
@@ -65,7 +70,13 @@ def test_right_attributes_have_no_problem(plugin: str, attributes: dict[str, int
         ("moe", {"normalize_topk": None}, "normalize_topk"),
         ("attention", {"num_key_value_heads": 3}, "num_heads is no multiple"),
         ("attention", {"head_size": 12}, "head_size"),
-        ("attention", {"cache_type": 1}, "cache_type"),
+        ("attention", {"cache_type": 3}, "cache_type"),
+        ("attention", {"page_size": 8}, "page_size is no power of two from 16 on"),
+        ("attention", {"page_size": 48}, "page_size is no power of two from 16 on"),
+        ("attention", {"page_size": 8192}, "page_size"),
+        ("attention", {"packed_qkv": 2}, "packed_qkv"),
+        ("attention", {"qk_norm": None}, "qk_norm"),
+        ("attention", {"epsilon": -1.0}, "epsilon"),
         ("attention", {"scale": -1.0}, "scale"),
         ("attention", {"scale": float("nan")}, "scale"),
         ("attention", {"sliding_window": -1}, "sliding_window"),
@@ -85,6 +96,15 @@ def test_absent_input_is_left_out() -> None:
     assert "shared_gate_logits" not in spec.input_names({**MOE, "num_shared_experts": 0})
     assert "activation_scales" not in spec.input_names({**MOE, "weight_type": 1})
     assert spec.input_names({**MOE, "weight_type": 3})[-3:] == ["gate_up_scales", "down_scales", "activation_scales"]
+
+
+def test_absent_inputs_of_attention_are_left_out() -> None:
+    spec = op_spec.load("attention")
+    plain = ["query", "key", "value", "past_key", "past_value", "cos", "sin", "position_ids", "cache_position"]
+    assert spec.input_names(ATTENTION) == plain
+    every = {**ATTENTION, "packed_qkv": 1, "qk_norm": 1, "cache_type": 2, "page_size": 16}
+    last = ["query_norm", "key_norm", "key_scales", "value_scales", "page_table"]
+    assert spec.input_names(every) == ["query", *plain[3:], *last]
 
 
 @pytest.mark.parametrize("expression", ["__import__('os')", "a.b", "a[0]", "'text'", "a ** 2", "lambda: 1"])

@@ -37,6 +37,8 @@ class Call:
     packed: bool = False
     norm: bool = False
     path: str = "auto"
+    yarn: float = 0.0
+    """If not 0, tables as YaRN makes them for a context that is so many times longer."""
 
     @property
     def rows(self) -> int:
@@ -98,8 +100,7 @@ class Inputs:
                 numbers[(numbers & 0x7F) == 0x7F] = 0  # NaN
             return numbers
 
-        step = 10000.0 ** (-torch.arange(call.size // 2).double() * 2 / call.size)
-        angles = torch.outer(torch.arange(call.positions).double(), step)
+        cos, sin = _tables(call)
         starts = torch.tensor(call.starts, dtype=torch.int32)
         order = torch.randperm(call.cache_shape[0], generator=generator).to(torch.int32)
         # The largest number lies about four standard deviations out.
@@ -109,8 +110,8 @@ class Inputs:
             query=draw(call.rows, call.sequence, call.heads, call.size),
             key=draw(call.rows, call.sequence, call.kv_heads, call.size),
             value=draw(call.rows, call.sequence, call.kv_heads, call.size),
-            cos=angles.cos().to(dtype),
-            sin=angles.sin().to(dtype),
+            cos=cos.to(dtype),
+            sin=sin.to(dtype),
             positions=starts[:, None] + torch.arange(call.sequence, dtype=torch.int32) + call.shift,
             starts=starts,
             key_cache=cache(),
@@ -254,6 +255,27 @@ def _check_untouched(call: Call, inputs: Inputs, found: Results) -> None:
     for before, after in ((inputs.key_cache, found.key_cache), (inputs.value_cache, found.value_cache)):
         left = ~taken[:, None, :, None].expand(before.shape)
         assert torch.equal(before[left], after[left]), "a place of another token was written"
+
+
+def _tables(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [P, D / 2], float64."""
+    if not call.yarn:
+        step = 10000.0 ** (-torch.arange(call.size // 2).double() * 2 / call.size)
+        angles = torch.outer(torch.arange(call.positions).double(), step)
+        return angles.cos(), angles.sin()
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    scaling = {"rope_type": "yarn", "factor": call.yarn, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    config = Qwen2Config(
+        hidden_size=call.heads * call.size,
+        num_attention_heads=call.heads,
+        max_position_embeddings=call.positions,
+        rope_parameters=scaling,
+    )
+    positions = torch.arange(call.positions)[None]
+    cos, sin = Qwen2RotaryEmbedding(config)(torch.zeros(1, dtype=torch.float64), positions)
+    return cos[0, :, : call.size // 2].double(), sin[0, :, : call.size // 2].double()
 
 
 def _bits(tensor: torch.Tensor) -> Any:

@@ -18,7 +18,8 @@ from support.plugin_library import FOLDER, cuda_folder, plugin_library
 from support.source_tree import ROOT
 
 TABLE = ROOT / "tests" / "plugins" / "ptxas_table.json"
-_TYPES = {"0": "", "1": "int8", "2": "int4", "3": "fp8"}
+_WEIGHTS = {"0": "", "1": "int8", "2": "int4", "3": "fp8"}
+_CACHES = {"0": "", "1": "fp8", "2": "int8"}
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ def _short(mangled: str) -> str:
     names = re.match(r"_ZN9qwenforge\d+(?:moe|attention)(\d+)(\w+)", mangled)
     assert names is not None, mangled
     name = names[2][: int(names[1])]
-    weights = re.search(r"WeightTypeE(\d)E", mangled)
+    weights, cache = re.search(r"WeightTypeE(\d)E", mangled), re.search(r"CacheTypeE(\d)E", mangled)
+    packed = _WEIGHTS[weights[1]] if weights else _CACHES[cache[1]] if cache else ""
     kind = "half" if "__half" in mangled else "bfloat16" if "bfloat16" in mangled else ""
     size = re.search(r"Li(\d+)E", mangled)
-    return " ".join(filter(None, (name, _TYPES[weights[1]] if weights else "", kind, size[1] if size else "")))
+    return " ".join(filter(None, (name, packed, kind, size[1] if size else "")))
 
 
 def table() -> dict[str, dict[str, list[int]]]:
