@@ -39,16 +39,16 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) attendTiled(Call<
     auto& memory = *reinterpret_cast<TiledMemory<L>*>(QWENFORGE_DYNAMIC);
     int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
     int32_t const ownRow = static_cast<int32_t>(threadIdx.x) / kWarpSize * L::kRows;
-    int64_t const block = blockIdx.x;
-    int64_t const firstRow = (tiles - 1 - block % tiles) * kTiledRows;
-    auto const head = static_cast<int32_t>(block / tiles % call.keyValueHeads);
-    int64_t const batchRow = block / tiles / call.keyValueHeads;
-    int64_t const rows = call.sequence * call.group;
+    auto const block = static_cast<int32_t>(blockIdx.x);
+    int32_t const firstRow = (tiles - 1 - block % tiles) * kTiledRows;
+    int32_t const head = block / tiles % call.keyValueHeads;
+    int32_t const batchRow = block / tiles / call.keyValueHeads;
+    auto const rows = static_cast<int32_t>(call.sequence * call.group); // no more than a grid has blocks
     loadQueries<L, kTiledRows, kTiledThreads>(call, batchRow, head, firstRow, rows, memory.queries);
 
     // The keys that any row of the block sees.
     int64_t const start = call.cachePosition[batchRow];
-    int64_t const endRow = firstRow + kTiledRows < rows ? firstRow + kTiledRows : rows;
+    int32_t const endRow = firstRow + kTiledRows < rows ? firstRow + kTiledRows : rows;
     int64_t const lowest = start + firstRow / call.group;
     int64_t const highest = start + (endRow - 1) / call.group;
     int64_t const last = highest < call.places.capacity ? highest : call.places.capacity - 1;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) attendTiled(Call<
 #pragma unroll
     for (int32_t i = 0; i < 2 * L::kTiles; ++i)
     {
-        int64_t const row = firstRow + ownRow + i / 2 * kTileRows + i % 2 * 8 + lane / 4;
+        int32_t const row = firstRow + ownRow + i / 2 * kTileRows + i % 2 * 8 + lane / 4;
         if (row >= rows)
         {
             continue;

@@ -11,8 +11,8 @@
 //     scores   a lane reads 16 channels of key g at once, 16 t .. 16 t + 15 of each 64. The four products with them take
 //              4 s .. 4 s + 3 of those 16 for columns 2t, 2t + 1, 2t + 8, 2t + 9: the same of the queries, which is
 //              a sum in another order.
-//     values   a lane reads D / 8 channels at once of each of the keys 2t, 2t + 1, 2t + 8, 2t + 9, from D / 8 * g on.
-//              Column g of tile n is channel D / 8 * g + n; channelOf() says so where sums are written.
+//     values   a lane reads 8 channels at once of each of the keys 2t, 2t + 1, 2t + 8, 2t + 9, 8 g .. 8 g + 7 of each 64. Of
+//              those 64, column g of tile n is channel 8 g + n; channelOf() says so where sums are written.
 //
 // Keys behind the last one are filled with zeros and never read. A key that a row does not see has the weight 0, but 0 times
 // NaN is NaN: see addValues.
@@ -55,7 +55,7 @@ struct Tiling
 
 // Chunks of 16 bytes are exchanged within a row, so that no access of a warp meets a bank twice (8-bit values with D = 64:
 // twice): ldmatrix takes one chunk of eight rows in a row; a lane's 16 channels of an 8-bit key are one of four chunks of two
-// rows in a row; a lane's 8-bit values are one of two chunks of every other row.
+// rows in a row; a lane's 8-bit values are half of one of two chunks of every other row.
 template <typename L>
 __device__ __forceinline__ int32_t offsetOf(int32_t row, int32_t chunk, bool isValue)
 {
@@ -76,7 +76,7 @@ __device__ __forceinline__ int32_t queryOffset(int32_t row, int32_t chunk)
 template <typename L>
 __device__ __forceinline__ int32_t channelOf(int32_t n, int32_t column)
 {
-    return L::kIsByte ? L::kColumns * column + n : 8 * n + column;
+    return L::kIsByte ? n / 8 * 64 + 8 * column + n % 8 : 8 * n + column;
 }
 
 // What the queries of a warp's rows see: the keys up to last, which is -1 where there are none, and of these at most
@@ -251,18 +251,19 @@ __device__ __forceinline__ void multiplyKeys(unsigned char const* queries, unsig
 #pragma unroll
         for (int32_t step = 0; step < L::kQueryChunks / 4; ++step) // of a lane's 8 channels of 64, two products
         {
+            int32_t const own = recomputed(lane);
             uint4 rows[L::kTiles][2]; // g and g + 8
 #pragma unroll
             for (int32_t i = 0; i < 2 * L::kTiles; ++i)
             {
                 rows[i / 2][i % 2] = *reinterpret_cast<uint4 const*>(queries
-                    + queryOffset<L>(i / 2 * kTileRows + i % 2 * 8 + lane / 4, step / 2 * 8 + 2 * (lane % 4) + step % 2));
+                    + queryOffset<L>(i / 2 * kTileRows + i % 2 * 8 + own / 4, step / 2 * 8 + 2 * (own % 4) + step % 2));
             }
 #pragma unroll
             for (int32_t n = 0; n < L::kKeys / 8; ++n)
             {
                 uint2 const key = *reinterpret_cast<uint2 const*>(keys
-                    + offsetOf<L>(8 * n + lane / 4, step / 2 * 4 + lane % 4, /*isValue=*/false) + step % 2 * 8);
+                    + offsetOf<L>(8 * n + own / 4, step / 2 * 4 + own % 4, /*isValue=*/false) + step % 2 * 8);
                 FragmentB const first{
                     {widenTwo<false>(key.x, typename L::Element{}), widenTwo<true>(key.x, typename L::Element{})}};
                 FragmentB const second{
@@ -325,56 +326,35 @@ __device__ __forceinline__ void weigh(
     }
 }
 
-// The values of 16 keys of a stage, as fragments B of channels 16 n .. 16 n + 15 (or as channelOf has it).
+// The values of 16 keys of a stage, as fragments B of channels 16 n .. 16 n + 15 (or as channelOf has it), n = 0, 1, ...
 template <typename L>
 struct ValueFragments
 {
     unsigned char const* stage;
     int32_t firstKey; // within the stage
     int32_t lane;
-    uint32_t words[4][L::kSize / 32]; // of 8-bit values: [key][channels]
+    uint32_t words[4][2]; // of 8-bit values: of four keys, the lane's 8 channels of 64
 
     __device__ __forceinline__ ValueFragments(unsigned char const* values, int32_t key)
         : stage(values)
         , firstKey(key)
         , lane(recomputed(static_cast<int32_t>(threadIdx.x) % kWarpSize))
     {
-        if constexpr (L::kIsByte)
-        {
-            int32_t const byte = L::kColumns * (lane / 4);
-#pragma unroll
-            for (int32_t i = 0; i < 4; ++i)
-            {
-                int32_t const row = firstKey + 2 * (lane % 4) + i % 2 + i / 2 * 8;
-                unsigned char const* const from
-                    = stage + offsetOf<L>(row, byte / kChunkBytes, /*isValue=*/true) + byte % kChunkBytes;
-                if constexpr (L::kSize == 128)
-                {
-                    uint4 const all = *reinterpret_cast<uint4 const*>(from);
-                    words[i][0] = all.x;
-                    words[i][1] = all.y;
-                    words[i][2] = all.z;
-                    words[i][3] = all.w;
-                }
-                else
-                {
-                    uint2 const all = *reinterpret_cast<uint2 const*>(from);
-                    words[i][0] = all.x;
-                    words[i][1] = all.y;
-                }
-            }
-        }
     }
 
-    __device__ __forceinline__ void get(int32_t n, FragmentB (&fragments)[2]) const
+    __device__ __forceinline__ void get(int32_t n, FragmentB (&fragments)[2])
     {
         if constexpr (L::kIsByte)
         {
+            if (n % 4 == 0)
+            {
+                load(n / 4);
+            }
 #pragma unroll
             for (int32_t i = 0; i < 2; ++i)
             {
-                int32_t const word = (2 * n + i) / 4;
-                auto const index = static_cast<uint32_t>((2 * n + i) % 4);
+                int32_t const word = n % 4 / 2;
+                auto const index = static_cast<uint32_t>(n % 2 * 2 + i);
                 fragments[i].registers[0]
                     = widenAcross(words[0][word], words[1][word], index, typename L::Element{});
                 fragments[i].registers[1]
@@ -387,6 +367,22 @@ struct ValueFragments
             loadTransposed(all, stage + offsetOf<L>(firstKey + lane % 16, 2 * n + lane / 16, /*isValue=*/true));
             fragments[0] = {{all[0], all[1]}};
             fragments[1] = {{all[2], all[3]}};
+        }
+    }
+
+private:
+    __device__ __forceinline__ void load(int32_t block)
+    {
+        int32_t const own = recomputed(lane);
+        int32_t const byte = 64 * block + 8 * (own / 4);
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i)
+        {
+            int32_t const row = firstKey + 2 * (own % 4) + i % 2 + i / 2 * 8;
+            uint2 const both = *reinterpret_cast<uint2 const*>(
+                stage + offsetOf<L>(row, byte / kChunkBytes, /*isValue=*/true) + byte % kChunkBytes);
+            words[i][0] = both.x;
+            words[i][1] = both.y;
         }
     }
 };
@@ -454,7 +450,7 @@ __device__ __forceinline__ void addValues(
             float const* const pair = &weights[tile][2 * step + i / 2 % 2][2 * half];
             a[tile].registers[i % 4] = packTwo(pair[0], pair[1], Operand{});
         }
-        ValueFragments<L> const fragments(values, 16 * step);
+        ValueFragments<L> fragments(values, 16 * step);
 #pragma unroll
         for (int32_t n = 0; n < L::kColumns / 2; ++n)
         {

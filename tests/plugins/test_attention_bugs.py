@@ -164,7 +164,7 @@ BUGS = {
     "8-bit values as if they were wide": (
         "int8",
         TILES,
-        "L::kColumns * column + n : 8 * n + column",
+        "n / 8 * 64 + 8 * column + n % 8 : 8 * n + column",
         "8 * n + column : 8 * n + column",
     ),
     "8-bit keys of another step": ("fp8", TILES, "+ step % 2 * 8);", "+ 0);"),
