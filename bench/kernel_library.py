@@ -1,8 +1,8 @@
 """The plugins' kernels from Python, on any tensors that speak DLPack: for tests and benchmarks, not for users.
 
-Needs nothing of qwenforge installed. :func:`build` compiles the kernels with nvcc; :class:`Kernels` calls them. Tensors
-(torch's, CuPy's, or NumPy's for a library of emulated kernels) are handed over without a copy, checked against what
-plugins/*/op.yaml says, and have to live on the library's device.
+Needs nothing of qwenforge installed but bench/ in its namespace. :func:`build` compiles the kernels with nvcc;
+:class:`Kernels` calls them. Tensors (torch's, CuPy's, or NumPy's for a library of emulated kernels) are handed over
+without a copy, checked against what plugins/*/op.yaml says, and have to live on the library's device.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenforge.bench.attention_call import Attention, attention_arguments
+from qwenforge.bench.dlpack import KernelError, Tensor
+
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 PATHS = {"table": 0, "eight": 1, "sixteen": 2, "wide": 3, "grouped": 4}
 """qwenforge::MoePath."""
+ATTENTION_PATHS = {"auto": 0, "plain": 1, "split": 2, "tiled": 3}
+"""qwenforge::AttentionPath."""
 WEIGHT_TYPES = {"float": 0, "int8": 1, "int4": 2, "fp8": 3}
 """qwenforge::WeightType."""
 ROW_GROUP = 65536
 """``group_size`` of weights with one scale a row."""
-_ELEMENTS = {(2, 16): "float16", (4, 16): "bfloat16", (2, 32): "float32", (0, 32): "int32", (0, 8): "int8"}
 _TYPES = ("float16", "bfloat16")
 
 
@@ -48,81 +52,6 @@ class MoeShape(ctypes.Structure):
             )
         ),
     )
-
-
-class AttentionShape(ctypes.Structure):
-    """qwenforge::AttentionShape."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "sequence", "capacity", "positions")),
-        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "head_size", "window")),
-        ("scale", ctypes.c_float),
-    )
-
-
-class KernelError(Exception):
-    """A tensor does not fit, or the kernels refused the call."""
-
-
-# DLPack's structures (dlpack.h, version 0.8): what a capsule named "dltensor" points to.
-class _DLDevice(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int32), ("id", ctypes.c_int32))
-
-
-class _DLDataType(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", _DLDevice),
-        ("ndim", ctypes.c_int32),
-        ("dtype", _DLDataType),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """What DLPack says of a tensor; ``owner`` keeps its memory alive."""
-
-    address: int
-    shape: tuple[int, ...]
-    element: str
-    owner: Any
-
-    @staticmethod
-    def of(name: str, value: Any) -> Tensor:
-        """Read ``value.__dlpack__()``.
-
-        Raises:
-            KernelError: it speaks no DLPack, is of an unknown type, or does not lie in memory row by row.
-        """
-        if not hasattr(value, "__dlpack__"):
-            raise KernelError(f"{name} is a {type(value).__name__}, which has no __dlpack__")
-        capsule = value.__dlpack__()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-        # The capsule stays unused, so that it frees its structure itself, after `value`'s memory was noted here.
-        tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))
-        shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
-        element = _ELEMENTS.get((tensor.dtype.code, tensor.dtype.bits))
-        if element is None or tensor.dtype.lanes != 1:
-            raise KernelError(f"{name} is of a type that the kernels do not know")
-        step = 1
-        for axis in reversed(range(tensor.ndim)):
-            if tensor.strides and shape[axis] > 1 and tensor.strides[axis] != step:
-                raise KernelError(f"{name} is not contiguous: call .contiguous() on it")
-            step *= shape[axis]
-        return Tensor((tensor.data or 0) + tensor.byte_offset, shape, element, value)
-
-    def require(self, name: str, shape: Sequence[int], element: str) -> None:
-        """Raise KernelError unless the tensor is of that shape and type."""
-        if self.shape != tuple(shape) or self.element != element:
-            raise KernelError(f"{name} is {self.element} {list(self.shape)}, not {element} {list(shape)}")
 
 
 @dataclass(frozen=True)
@@ -177,9 +106,7 @@ class Kernels:
     ) -> Callable[[], None]:
         """The same as a call that can be made again and again, checked once."""
         shape, tensors, element = _moe_arguments(hidden, logits, experts, output, gates)
-        problem = ctypes.create_string_buffer(512)
-        if not self._library.qwenforgeCheckMoe(ctypes.byref(shape), problem, ctypes.c_size_t(len(problem))):
-            raise KernelError(problem.value.decode())
+        _check(self._library.qwenforgeCheckMoe, shape)
         size = self._library.qwenforgeMoeWorkspaceBytes(ctypes.byref(shape), PATHS[path])
         space = self._workspace(size)
         addresses = _addresses(tensors)
@@ -206,28 +133,70 @@ class Kernels:
         shape, _, _ = _moe_arguments(hidden, logits, experts, output, gates)
         return list(PATHS)[int(self._library.qwenforgeMoePath(ctypes.byref(shape)))]
 
-    def prepared_attention(self, shape: AttentionShape, tensors: Sequence[Any]) -> Callable[[], None]:
-        """Attention: query, key, value, cos, sin, positions, starts, keys, values, output, as in op.yaml."""
-        found = [Tensor.of(f"tensor {index}", value) for index, value in enumerate(tensors)]
+    def attention(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        positions: Any,
+        starts: Any,
+        layer: Attention,
+        output: Any,
+        path: str = "auto",
+    ) -> None:
+        """Attention: the layer's caches are updated in place, and output [B, S, Hq D] is written.
+
+        Args:
+            query: [B, S, Hq D]; where key and value are None packed, [B, S, (Hq + 2 Hk) D].
+            key: [B, S, Hk D], as value.
+            positions: [B, S] int32, where in the tables the tokens are turned.
+            starts: [B] int32, where in the caches they begin.
+
+        Raises:
+            KernelError: a tensor does not fit its place, or the kernels do not take the shape; the message says which.
+        """
+        self.prepared_attention(query, key, value, positions, starts, layer, output, path)()
+
+    def prepared_attention(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        positions: Any,
+        starts: Any,
+        layer: Attention,
+        output: Any,
+        path: str = "auto",
+    ) -> Callable[[], None]:
+        """The same as a call that can be made again and again, checked once."""
+        shape, tensors, element = attention_arguments(query, key, value, positions, starts, layer, output)
+        _check(self._library.qwenforgeCheckAttention, shape)
         size = self._library.qwenforgeAttentionWorkspaceBytes(ctypes.byref(shape))
-        space, addresses = self._workspace(size), _addresses(found)
-        element = _TYPES.index(found[0].element)
+        space, addresses = self._workspace(size), _addresses(tensors)
 
         def call() -> None:
             _require(
                 self._library.qwenforgeAttention(
                     ctypes.byref(shape),
-                    element,
+                    _TYPES.index(element),
                     ctypes.byref(addresses),
                     ctypes.c_void_p(space.address),
                     ctypes.c_size_t(size),
                     ctypes.c_void_p(self._stream()),
+                    ATTENTION_PATHS[path],
                 ),
-                "attention",
+                path,
             )
 
-        call.keep = found  # type: ignore[attr-defined]
+        call.keep = tensors  # type: ignore[attr-defined]
         return call
+
+    def attention_path(
+        self, query: Any, key: Any, value: Any, positions: Any, starts: Any, layer: Attention, output: Any
+    ) -> str:
+        """The path that ``auto`` stands for."""
+        shape, _, _ = attention_arguments(query, key, value, positions, starts, layer, output)
+        return list(ATTENTION_PATHS)[int(self._library.qwenforgeAttentionPath(ctypes.byref(shape)))]
 
     def _workspace(self, size: int) -> Tensor:
         if size not in self._space:
@@ -321,6 +290,13 @@ def _moe_arguments(
         tensor.require(name, dimensions, element)
         tensors.append(tensor)
     return shape, tensors, x.element
+
+
+def _check(question: Any, shape: ctypes.Structure) -> None:
+    """Raise KernelError with the kernels' own words where they do not take the shape."""
+    problem = ctypes.create_string_buffer(512)
+    if not question(ctypes.byref(shape), problem, ctypes.c_size_t(len(problem))):
+        raise KernelError(problem.value.decode())
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Any:

@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwenforge.bench.kernel_library import PATHS, AttentionShape, Kernels, build
+from qwenforge.bench.attention_call import Attention
+from qwenforge.bench.kernel_library import PATHS, Kernels, build
 from qwenforge.bench.moe_layers import (
     KINDS,
     LAYERS,
@@ -249,9 +250,8 @@ def attention_rows(machine: Machine, kernels: Kernels) -> Iterator[dict[str, Any
             positions = torch.full((batch, 1), length - 1, dtype=torch.int32, device="cuda")
             starts = torch.full((batch,), length - 1, dtype=torch.int32, device="cuda")
             output = torch.empty_like(query)
-            shape = AttentionShape(batch, 1, length, length, heads, kv_heads, size, 0, 1 / math.sqrt(size))
-            tensors = [query, key, value, table, table, positions, starts, keys, values, output]
-            ours = kernels.prepared_attention(shape, tensors)
+            layer = Attention(heads, kv_heads, 1 / math.sqrt(size), table, table, keys, values)
+            ours = kernels.prepared_attention(query, key, value, positions, starts, layer, output)
 
             def sdpa(query: Any = query, keys: Any = keys, values: Any = values) -> Any:
                 split = query.view(query.shape[0], 1, heads, size).transpose(1, 2)

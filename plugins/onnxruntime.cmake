@@ -10,13 +10,15 @@ endif()
 
 add_library(qwenforge_ort SHARED
     ${specs}
+    attention/attention_op.cpp
     common/contract.cpp
     common/fields.cpp
     moe/moe_op.cpp
     onnxruntime/op_schema.cpp
     onnxruntime/kernel.cpp
     onnxruntime/ort_values.cpp
-    onnxruntime/register.cpp)
+    onnxruntime/register.cpp
+    onnxruntime/shape_inference.cpp)
 set_target_properties(qwenforge_ort PROPERTIES
     CXX_VISIBILITY_PRESET hidden
     LINKER_LANGUAGE CUDA

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "attention_spec.h"
+#include "attention/attention_op.h"
 #include "common/plugin_base.h"
 
 namespace qwenforge
@@ -12,11 +12,11 @@ namespace qwenforge
 class AttentionPlugin final : public PluginBase<AttentionPlugin, nvinfer1::IPluginV3OneBuildV2>
 {
 public:
-    static constexpr int32_t kKernelVersion = 1;
+    static constexpr int32_t kKernelVersion = 2;
 
     static constexpr OpSpec const& spec() noexcept
     {
-        return attention_spec::kSpec;
+        return AttentionOp::spec();
     }
 
     using PluginBase::PluginBase;
@@ -26,10 +26,19 @@ public:
         return contract().aliasedInput(outputIndex);
     }
 
-    size_t workspaceBytes(Binding const& binding) const noexcept;
-    bool checkSizes(Binding const& binding, Message& problem) const noexcept;
-    cudaError_t launch(Binding const& binding, Tensors const& tensors, void* workspace, size_t workspaceBytes,
-        cudaStream_t stream) const noexcept;
+    size_t workspaceBytes(Binding const& binding) const noexcept
+    {
+        return AttentionOp::workspaceBytes(contract(), binding);
+    }
+    bool checkSizes(Binding const& binding, Message& problem) const noexcept
+    {
+        return AttentionOp::checkSizes(contract(), binding, problem);
+    }
+    cudaError_t launch(Binding const& binding, Tensors const& tensors, void* workspace, size_t bytes,
+        cudaStream_t stream) const noexcept
+    {
+        return AttentionOp::launch(contract(), binding, tensors, workspace, bytes, stream);
+    }
 };
 
 } // namespace qwenforge

@@ -239,8 +239,8 @@ int64_t Contract::outputVolume(int32_t output, Binding const& binding) const noe
     return volume(mSpec->outputs[output], binding);
 }
 
-bool Contract::bindAddresses(void const* const* inputs, void* const* outputs, Binding const& binding, Tensors& tensors,
-    Message& problem) const noexcept
+bool Contract::bindAddresses(void const* const* inputs, void* const* outputs, Binding const& binding,
+    char const* howToShare, Tensors& tensors, Message& problem) const noexcept
 {
     tensors = Tensors{};
     for (int32_t i = 0; i < mInputCount; ++i)
@@ -262,9 +262,8 @@ bool Contract::bindAddresses(void const* const* inputs, void* const* outputs, Bi
         bool const mustShare = output.aliases >= 0 && volume(output, binding) > 0;
         if (mustShare && tensors.outputs[i] != tensors.inputs[output.aliases])
         {
-            return problem.set("%s is not at the address of %s, whose memory it has to share: build the engine with "
-                               "PreviewFeature::kALIASED_PLUGIN_IO_10_03 and bind both to one address",
-                output.name, mSpec->inputs[output.aliases].name);
+            return problem.set("%s is not at the address of %s, whose memory it has to share: %s", output.name,
+                mSpec->inputs[output.aliases].name, howToShare);
         }
     }
     return true;

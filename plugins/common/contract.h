@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "common/element_type.h"
 #include "common/message.h"
 #include "common/op_spec.h"
 
@@ -24,6 +25,12 @@ struct Tensors
     void const* inputs[kMaxTensors];
     void* outputs[kMaxTensors];
 };
+
+// Of the type that a type variable is bound to, one that the specifications allow.
+inline ElementType elementType(nvinfer1::DataType type) noexcept
+{
+    return type == nvinfer1::DataType::kBF16 ? ElementType::kBFloat16 : ElementType::kFloat16;
+}
 
 class Contract
 {
@@ -84,9 +91,9 @@ public:
     int64_t outputVolume(int32_t output, Binding const& binding) const noexcept;
 
     // Collects the addresses; false when one that is needed is null or unaligned, or when an output does not share the
-    // memory of the input that it aliases.
-    bool bindAddresses(void const* const* inputs, void* const* outputs, Binding const& binding, Tensors& tensors,
-        Message& problem) const noexcept;
+    // memory of the input that it aliases; `howToShare` ends that sentence with what the caller is to do.
+    bool bindAddresses(void const* const* inputs, void* const* outputs, Binding const& binding, char const* howToShare,
+        Tensors& tensors, Message& problem) const noexcept;
 
 private:
     // What is known so far of a type variable or a size, and the tensor that said it.

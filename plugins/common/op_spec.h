@@ -11,7 +11,7 @@ namespace qwenforge
 
 // Bounds of the fixed arrays below; the generated headers assert that they hold.
 constexpr int32_t kMaxAttributes = 16;
-constexpr int32_t kMaxTensors = 16;
+constexpr int32_t kMaxTensors = 20;
 constexpr int32_t kMaxSizes = 8;
 constexpr int32_t kMaxTypeVariables = 2;
 
@@ -102,5 +102,18 @@ struct OpSpec
     RequirementSpec const* requirements;
     int32_t requirementCount;
 };
+
+// The attribute that chooses the types of outputs, -1 where none does.
+constexpr int32_t typeChoosingAttribute(OpSpec const& spec) noexcept
+{
+    for (int32_t i = 0; i < spec.outputCount; ++i)
+    {
+        if (spec.outputs[i].typeAttribute >= 0)
+        {
+            return spec.outputs[i].typeAttribute;
+        }
+    }
+    return -1;
+}
 
 } // namespace qwenforge

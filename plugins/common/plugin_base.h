@@ -12,7 +12,6 @@
 #pragma once
 
 #include "common/contract.h"
-#include "common/element_type.h"
 #include "common/fields.h"
 #include "common/logging.h"
 
@@ -26,11 +25,9 @@ namespace qwenforge
 
 constexpr size_t kWorkspaceAlignment = 256;
 
-// Valid for the types that the specifications allow.
-inline ElementType elementType(nvinfer1::DataType type) noexcept
-{
-    return type == nvinfer1::DataType::kBF16 ? ElementType::kBFloat16 : ElementType::kFloat16;
-}
+// Said where an output has memory of its own.
+constexpr char const* kHowToShare
+    = "build the engine with PreviewFeature::kALIASED_PLUGIN_IO_10_03 and bind both to one address";
 
 // The name of a plugin's creation state among the timings that TensorRT caches, and for its engine inspector.
 class StateText
@@ -248,7 +245,7 @@ private:
             return problem.set("no descriptions or no addresses of the tensors were given");
         }
         if (!mContract.bind(inputDesc, outputDesc, binding, problem) || !self().checkSizes(binding, problem)
-            || !mContract.bindAddresses(inputs, outputs, binding, tensors, problem))
+            || !mContract.bindAddresses(inputs, outputs, binding, kHowToShare, tensors, problem))
         {
             return false;
         }

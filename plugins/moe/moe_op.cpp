@@ -52,9 +52,8 @@ cudaError_t MoeOp::launch(Contract const& contract, Binding const& binding, Tens
     moe.downScales = tensors.inputs[Input::kDownScales];
     moe.activationScales = tensors.inputs[Input::kActivationScales];
     moe.output = tensors.outputs[Output::kOutput];
-    ElementType const type
-        = binding.types[0] == nvinfer1::DataType::kBF16 ? ElementType::kBFloat16 : ElementType::kFloat16;
-    return launchMoe(shapeOf(contract, binding), type, moe, workspace, workspaceBytes, stream);
+    return launchMoe(
+        shapeOf(contract, binding), elementType(binding.types[0]), moe, workspace, workspaceBytes, stream);
 }
 
 } // namespace qwenforge

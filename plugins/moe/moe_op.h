@@ -3,7 +3,6 @@
 #pragma once
 
 #include "common/contract.h"
-#include "common/element_type.h"
 #include "moe_spec.h"
 
 #include <cuda_runtime_api.h>

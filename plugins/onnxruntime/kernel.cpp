@@ -13,6 +13,10 @@ namespace
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
+// Said where an output has memory of its own.
+constexpr char const* kHowToShare = "bind one OrtValue to both (IO binding's bind_ortvalue_input and "
+                                    "bind_ortvalue_output), on the device of the session";
+
 // Whether the node names a tensor at this place: an optional input is left out by an empty name, or at the end.
 OrtStatus* isGiven(OrtApi const& api, OrtKernelInfo const* info, size_t count, size_t index, bool& given) noexcept
 {
@@ -141,8 +145,34 @@ OrtStatus* Kernel::checkNode(OrtKernelInfo const* info) const noexcept
             return status;
         }
     }
-    return mContract.checkConfiguration(inputs, nullptr, problem) ? nullptr
+    return mContract.checkConfiguration(inputs, nullptr, problem) ? checkWritten(info)
                                                                   : refuseNode(mApi, mOp.spec, info, problem);
+}
+
+// An input whose memory an output shares is written: a constant of the model would be another one at the next call.
+OrtStatus* Kernel::checkWritten(OrtKernelInfo const* info) const noexcept
+{
+    for (int32_t i = 0; i < mOp.spec.outputCount; ++i)
+    {
+        int32_t const input = mOp.spec.outputs[i].aliases;
+        int isConstant = 0;
+        OrtValue const* value = nullptr; // the session's
+        OrtStatus* const status = input < 0
+            ? nullptr
+            : mApi.KernelInfoGetConstantInput_tensor(info, static_cast<size_t>(input), &isConstant, &value);
+        if (status != nullptr)
+        {
+            return status;
+        }
+        if (isConstant != 0)
+        {
+            Message problem;
+            problem.set("%s is a constant of the model, but it is updated in place: make it an input of the graph",
+                mOp.spec.inputs[input].name);
+            return refuseNode(mApi, mOp.spec, info, problem);
+        }
+    }
+    return nullptr;
 }
 
 OrtStatus* Kernel::compute(OrtKernelContext* context) const noexcept
@@ -214,7 +244,8 @@ OrtStatus* Kernel::bind(OrtKernelContext* context, Binding& binding, Tensors& te
             return status;
         }
     }
-    return mContract.bindAddresses(inputs, outputs, binding, tensors, problem) ? nullptr : refusal(mApi, problem);
+    return mContract.bindAddresses(inputs, outputs, binding, kHowToShare, tensors, problem) ? nullptr
+                                                                                           : refusal(mApi, problem);
 }
 
 OrtStatus* Kernel::launch(OrtKernelContext* context, Binding const& binding, Tensors const& tensors) const noexcept

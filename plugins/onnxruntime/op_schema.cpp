@@ -1,6 +1,7 @@
 #include "onnxruntime/op_schema.h"
 
 #include "onnxruntime/ort_values.h"
+#include "onnxruntime/shape_inference.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -21,32 +22,27 @@ int32_t decidingInput(OpSpec const& spec) noexcept
     return input;
 }
 
-// An input that the specification gives the shape of `output`, -1 for none.
-int32_t inputOfShape(OpSpec const& spec, TensorSpec const& output) noexcept
+// The first input whose type the attribute chooses that also chooses an output's, the number of inputs without one.
+int32_t choosingInput(OpSpec const& spec) noexcept
 {
-    for (int32_t i = 0; i < spec.inputCount; ++i)
+    int32_t const attribute = typeChoosingAttribute(spec);
+    int32_t input = 0;
+    while (input < spec.inputCount && (attribute < 0 || spec.inputs[input].typeAttribute != attribute))
     {
-        TensorSpec const& input = spec.inputs[i];
-        bool same = input.rank == output.rank && input.presentIf == nullptr;
-        for (int32_t axis = 0; same && axis < input.rank; ++axis)
-        {
-            same = std::strcmp(input.shape[axis].text, output.shape[axis].text) == 0;
-        }
-        if (same)
-        {
-            return i;
-        }
+        ++input;
     }
-    return -1;
+    return input;
 }
 
 } // namespace
 
-CustomOp::CustomOp(OrtApi const& api, OpTable const& table, nvinfer1::DataType type, char const* provider) noexcept
+CustomOp::CustomOp(OrtApi const& api, OpTable const& table, nvinfer1::DataType type, int32_t choice,
+    char const* provider) noexcept
     : OrtCustomOp{}
     , mApi(&api)
     , mTable(&table)
     , mType(type)
+    , mChoice(choice)
     , mProvider(provider)
 {
     version = kOrtVersion;
@@ -82,9 +78,14 @@ CustomOp::CustomOp(OrtApi const& api, OpTable const& table, nvinfer1::DataType t
     };
     KernelDestroy = [](void* kernel) noexcept { delete static_cast<Kernel*>(kernel); };
     InferOutputShapeFn = [](OrtCustomOp const* op, OrtShapeInferContext* context) noexcept -> OrtStatus* {
-        return of(op).inferShapes(context);
+        return inferOutputShapes(*of(op).mApi, of(op).mTable->spec, context);
     };
     GetStartVersion = [](OrtCustomOp const* op) noexcept { return std::atoi(of(op).mTable->spec.version); };
+    GetAliasMap = table.aliasMap;
+    ReleaseAliasMap = [](int* inputs, int* outputs) noexcept {
+        delete[] inputs;
+        delete[] outputs;
+    };
 }
 
 OrtStatus* CustomOp::addTo(OrtCustomOpDomain* domain) const noexcept
@@ -99,13 +100,15 @@ CustomOp const& CustomOp::of(OrtCustomOp const* op) noexcept
 
 ONNXTensorElementDataType CustomOp::typeOf(TensorSpec const& tensor) const noexcept
 {
-    return elementTypeOf(tensor.types->variable < 0 ? tensor.types->type : mType);
+    TypeSpec const& type = tensor.types[tensor.typeAttribute < 0 ? 0 : mChoice];
+    return elementTypeOf(type.variable < 0 ? type.type : mType);
 }
 
 ONNXTensorElementDataType CustomOp::inputType(size_t index) const noexcept
 {
     OpSpec const& spec = mTable->spec;
-    bool const decides = static_cast<int32_t>(index) == decidingInput(spec);
+    auto const input = static_cast<int32_t>(index);
+    bool const decides = input == decidingInput(spec) || input == choosingInput(spec);
     return decides ? typeOf(spec.inputs[index]) : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }
 
@@ -118,39 +121,6 @@ OrtStatus* CustomOp::createKernel(OrtApi const& api, OrtKernelInfo const* info, 
     Message problem;
     problem.set("its kernels need %s, which this session does not have", kProviders[0]);
     return refuseNode(api, mTable->spec, info, problem);
-}
-
-OrtStatus* CustomOp::inferShapes(OrtShapeInferContext* context) const noexcept
-{
-    OpSpec const& spec = mTable->spec;
-    for (int32_t i = 0; i < spec.outputCount; ++i)
-    {
-        int32_t const input = inputOfShape(spec, spec.outputs[i]);
-        if (input < 0)
-        {
-            continue;
-        }
-        OrtTensorTypeAndShapeInfo* shape = nullptr; // the context's
-        if (OrtStatus* const status
-            = mApi->ShapeInferContext_GetInputTypeShape(context, static_cast<size_t>(input), &shape))
-        {
-            return status;
-        }
-        size_t rank = 0;
-        if (OrtStatus* const status = mApi->GetDimensionsCount(shape, &rank))
-        {
-            return status;
-        }
-        // Without dimensions the shape is not known; with others than the specification's the kernel says so.
-        OrtStatus* const status = rank == static_cast<size_t>(spec.outputs[i].rank)
-            ? mApi->ShapeInferContext_SetOutputTypeShape(context, static_cast<size_t>(i), shape)
-            : nullptr;
-        if (status != nullptr)
-        {
-            return status;
-        }
-    }
-    return nullptr;
 }
 
 } // namespace qwenforge

@@ -15,8 +15,13 @@ inline constexpr char const* kProviders[]{"CUDAExecutionProvider", "CPUExecution
 #endif
 
 // What an op is called, takes and returns, for one type of its tensors. ONNX Runtime tells an output's type before it asks
-// for a kernel, and only where the op fixes it: so an op is registered once for each type of its type variable, and the
-// first input of that type decides. The types of the other inputs are left to the kernel, whose errors have names in them.
+// for a kernel, from the types of the inputs alone: so an op is registered once for each type of its type variable, and
+// where an attribute chooses types of outputs, for each of those that it can choose. Two inputs decide which registration
+// a node belongs to, the first of the type variable and the first whose type the attribute chooses. The types of the
+// others are left to the kernel, whose errors have names in them; it also checks the attribute against the type.
+//
+// Outputs that share an input's memory are declared (GetAliasMap): inside of a graph ONNX Runtime then gives both one
+// buffer. At the edges of a graph its caller does, and the kernel refuses the call where he did not.
 //
 // Inputs are at the places of the specification, those that the attributes make absent left empty.
 //
@@ -25,7 +30,9 @@ inline constexpr char const* kProviders[]{"CUDAExecutionProvider", "CPUExecution
 class CustomOp : private OrtCustomOp
 {
 public:
-    CustomOp(OrtApi const& api, OpTable const& table, nvinfer1::DataType type, char const* provider) noexcept;
+    // `type` is that of the type variable, `choice` a value of the attribute that chooses types of outputs.
+    CustomOp(OrtApi const& api, OpTable const& table, nvinfer1::DataType type, int32_t choice,
+        char const* provider) noexcept;
 
     // To an OrtCustomOpDomain, which keeps the address.
     OrtStatus* addTo(OrtCustomOpDomain* domain) const noexcept;
@@ -36,11 +43,11 @@ private:
     ONNXTensorElementDataType typeOf(TensorSpec const& tensor) const noexcept;
     ONNXTensorElementDataType inputType(size_t index) const noexcept;
     OrtStatus* createKernel(OrtApi const& api, OrtKernelInfo const* info, Kernel*& kernel) const noexcept;
-    OrtStatus* inferShapes(OrtShapeInferContext* context) const noexcept;
 
     OrtApi const* mApi;
     OpTable const* mTable;
     nvinfer1::DataType mType;
+    int32_t mChoice;
     char const* mProvider;
 };
 

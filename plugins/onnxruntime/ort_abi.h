@@ -43,6 +43,13 @@ enum OrtMemType
     OrtMemTypeDefault = 0,
 };
 
+enum OrtOpAttrType
+{
+    ORT_OP_ATTR_UNDEFINED = 0,
+    ORT_OP_ATTR_INT = 1,
+    ORT_OP_ATTR_FLOAT = 3,
+};
+
 enum OrtCustomOpInputOutputCharacteristic
 {
     INPUT_OUTPUT_REQUIRED = 0,
@@ -60,6 +67,7 @@ struct OrtCustomOpDomain;
 struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtShapeInferContext;
+struct OrtOpAttr;
 struct OrtCustomOp;
 
 struct OrtAllocator
@@ -81,11 +89,15 @@ struct OrtApi
     OrtStatus* (*GetTensorMutableData)(OrtValue* value, void** out); // 51
     void* skipped52[3];
     OrtStatus* (*CastTypeInfoToTensorInfo)(OrtTypeInfo const* info, OrtTensorTypeAndShapeInfo const** out); // 55
-    void* skipped56[4];
+    void* skipped56;
+    OrtStatus* (*CreateTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo** out); // 57
+    OrtStatus* (*SetTensorElementType)(OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType type);
+    OrtStatus* (*SetDimensions)(OrtTensorTypeAndShapeInfo* info, int64_t const* values, size_t count); // 59
     OrtStatus* (*GetTensorElementType)(OrtTensorTypeAndShapeInfo const* info, ONNXTensorElementDataType* out); // 60
     OrtStatus* (*GetDimensionsCount)(OrtTensorTypeAndShapeInfo const* info, size_t* out);
     OrtStatus* (*GetDimensions)(OrtTensorTypeAndShapeInfo const* info, int64_t* values, size_t count);
-    void* skipped63[2];
+    OrtStatus* (*GetSymbolicDimensions)(OrtTensorTypeAndShapeInfo const* info, char const* names[], size_t count); // 63
+    void* skipped64;
     OrtStatus* (*GetTensorTypeAndShape)(OrtValue const* value, OrtTensorTypeAndShapeInfo** out); // 65
     void* skipped66[9];
     OrtStatus* (*AllocatorAlloc)(OrtAllocator* allocator, size_t size, void** out); // 75
@@ -119,14 +131,20 @@ struct OrtApi
     OrtStatus* (*KernelInfo_GetInputTypeInfo)(OrtKernelInfo const* info, size_t index, OrtTypeInfo** out); // 234
     void* skipped235[9];
     OrtStatus* (*KernelInfo_GetNodeName)(OrtKernelInfo const* info, char* out, size_t* size); // 244
-    void* skipped245[22];
+    void* skipped245[4];
+    OrtStatus* (*KernelInfoGetConstantInput_tensor)( // 249
+        OrtKernelInfo const* info, size_t index, int* isConstant, OrtValue const** out);
+    void* skipped250[17];
     OrtStatus* (*ShapeInferContext_GetInputCount)(OrtShapeInferContext const* context, size_t* out); // 267
     OrtStatus* (*ShapeInferContext_GetInputTypeShape)(
         OrtShapeInferContext const* context, size_t index, OrtTensorTypeAndShapeInfo** out);
-    void* skipped269;
+    OrtStatus* (*ShapeInferContext_GetAttribute)(
+        OrtShapeInferContext const* context, char const* name, OrtOpAttr const** out);
     OrtStatus* (*ShapeInferContext_SetOutputTypeShape)( // 270
         OrtShapeInferContext const* context, size_t index, OrtTensorTypeAndShapeInfo const* info);
-    void* skipped271[6];
+    OrtStatus* (*SetSymbolicDimensions)(OrtTensorTypeAndShapeInfo* info, char const* names[], size_t count);
+    OrtStatus* (*ReadOpAttr)(OrtOpAttr const* attribute, OrtOpAttrType type, void* data, size_t bytes, size_t* needed);
+    void* skipped273[4];
     OrtStatus* (*KernelContext_GetScratchBuffer)( // 277
         OrtKernelContext const* context, OrtMemoryInfo const* memory, size_t bytes, void** out);
     OrtStatus* (*KernelInfoGetAllocator)(OrtKernelInfo const* info, OrtMemType type, OrtAllocator** out);

@@ -1,5 +1,6 @@
 // What the library exports: the function that ONNX Runtime calls when it is registered, and the library's version.
 
+#include "attention/attention_op.h"
 #include "moe/moe_op.h"
 #include "onnxruntime/op_schema.h"
 
@@ -15,22 +16,71 @@ namespace
 {
 
 // Every op of this library.
-constexpr OpTable const* kOps[]{&kOpTable<MoeOp>};
+constexpr OpTable const* kOps[]{&kOpTable<AttentionOp>, &kOpTable<MoeOp>};
 
-constexpr int32_t kMostTypes = 2; // of one type variable
+constexpr int32_t kMostTypes = 2;   // of one type variable
+constexpr int32_t kMostChoices = 2; // of types that an attribute chooses for the outputs
 constexpr int32_t kProviderCount = sizeof(kProviders) / sizeof(kProviders[0]);
+
+// How many values the attribute has that chooses types of outputs, 1 without such an attribute.
+constexpr int32_t choicesOf(OpSpec const& spec) noexcept
+{
+    int32_t const attribute = typeChoosingAttribute(spec);
+    return attribute < 0 ? 1 : static_cast<int32_t>(spec.attributes[attribute].maximum) + 1;
+}
+
+constexpr bool areAlike(OpSpec const& spec, int32_t first, int32_t second) noexcept
+{
+    for (int32_t i = 0; i < spec.outputCount; ++i)
+    {
+        TensorSpec const& output = spec.outputs[i];
+        if (output.typeAttribute >= 0
+            && (output.types[first].variable != output.types[second].variable
+                || output.types[first].type != output.types[second].type))
+        {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Whether no smaller value of the attribute chooses the same types.
+constexpr bool isNewChoice(OpSpec const& spec, int32_t choice) noexcept
+{
+    for (int32_t smaller = 0; smaller < choice; ++smaller)
+    {
+        if (areAlike(spec, smaller, choice))
+        {
+            return false;
+        }
+    }
+    return true;
+}
+
+constexpr int32_t newChoicesOf(OpSpec const& spec) noexcept
+{
+    int32_t count = 0;
+    for (int32_t choice = 0; choice < choicesOf(spec); ++choice)
+    {
+        count += isNewChoice(spec, choice) ? 1 : 0;
+    }
+    return count;
+}
 
 constexpr bool areSupported() noexcept
 {
     for (OpTable const* const op : kOps)
     {
-        if (op->spec.typeVariableCount != 1 || op->spec.typeVariables[0].typeCount > kMostTypes)
+        if (op->spec.typeVariableCount != 1 || op->spec.typeVariables[0].typeCount > kMostTypes
+            || newChoicesOf(op->spec) > kMostChoices)
         {
             return false;
         }
         for (int32_t i = 0; i < op->spec.outputCount; ++i)
         {
-            if (op->spec.outputs[i].typeAttribute >= 0 || op->spec.outputs[i].aliases >= 0)
+            TensorSpec const& output = op->spec.outputs[i];
+            bool const another = output.typeAttribute >= 0 && output.typeAttribute != typeChoosingAttribute(op->spec);
+            if (another || (output.aliases >= 0 && op->spec.inputs[output.aliases].presentIf != nullptr))
             {
                 return false;
             }
@@ -39,7 +89,8 @@ constexpr bool areSupported() noexcept
     return true;
 }
 
-static_assert(areSupported(), "an op has more than one type variable, or an output that shares an input's memory");
+static_assert(areSupported(), "an op has more than one type variable, or several attributes that choose types of its "
+                              "outputs, or an output that shares the memory of an optional input");
 
 // Kept for as long as the library is loaded: sessions hold the addresses of the ops.
 class Registration
@@ -83,15 +134,20 @@ private:
         for (OpTable const* const op : kOps)
         {
             TypeVariableSpec const& variable = op->spec.typeVariables[0];
-            for (int32_t i = 0; i < variable.typeCount * kProviderCount; ++i, ++next)
+            for (int32_t i = 0; i < variable.typeCount * choicesOf(op->spec) * kProviderCount; ++i)
             {
-                nvinfer1::DataType const type = variable.types[i / kProviderCount];
-                mOps[next].reset(new (std::nothrow) CustomOp(mApi, *op, type, kProviders[i % kProviderCount]));
+                int32_t const choice = i / kProviderCount % choicesOf(op->spec);
+                if (!isNewChoice(op->spec, choice))
+                {
+                    continue;
+                }
+                nvinfer1::DataType const type = variable.types[i / kProviderCount / choicesOf(op->spec)];
+                mOps[next].reset(new (std::nothrow) CustomOp(mApi, *op, type, choice, kProviders[i % kProviderCount]));
                 if (mOps[next] == nullptr)
                 {
                     return mApi.CreateStatus(ORT_FAIL, "no memory for the custom ops of qwenforge");
                 }
-                if (OrtStatus* const status = mOps[next]->addTo(domain))
+                if (OrtStatus* const status = mOps[next++]->addTo(domain))
                 {
                     return status;
                 }
@@ -103,7 +159,7 @@ private:
 
     OrtApi const& mApi;
     OrtCustomOpDomain* mDomain{nullptr};
-    std::unique_ptr<CustomOp> mOps[kMostTypes * kProviderCount * sizeof(kOps) / sizeof(kOps[0])];
+    std::unique_ptr<CustomOp> mOps[kMostTypes * kMostChoices * kProviderCount * sizeof(kOps) / sizeof(kOps[0])];
 };
 
 } // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from qwenforge.bench.kernel_library import AttentionShape, Experts, KernelError, Kernels, Tensor
+from qwenforge.bench.attention_call import Attention
+from qwenforge.bench.dlpack import KernelError, Tensor
+from qwenforge.bench.kernel_library import Experts, Kernels
 from qwenforge.plugins.moe.packing import pack_float8, pack_int4, pack_int8
 from support import emulated_kernels, simt
+from support.attention_cases import DTYPES, EPSILON, Call, Inputs, Results, run
 from support.emulated_kernels import aligned
 from support.tolerances import FLOAT16
 
@@ -81,18 +85,116 @@ def test_experts_are_called_as_the_driver_calls_them(weight_type: str, dtype: to
     assert kernels.moe_path(hidden, logits, experts, output, gates) == "eight"
 
 
-def test_attention_is_called_as_the_driver_calls_it(kernels: Kernels) -> None:
-    batch, capacity, heads, kv_heads, size = 2, 16, 4, 2, 8
-    floats = [_draw(batch, 1, heads * size), *(_draw(batch, 1, kv_heads * size) for _ in range(2))]
-    floats += [_draw(capacity, size // 2), _draw(capacity, size // 2)]
-    integers = [_placed(np.array([[3], [7]], np.int32)), _placed(np.array([3, 7], np.int32))]
-    caches = [_draw(batch, kv_heads, capacity, size) for _ in range(2)]
-    numbers = [batch, 1, capacity, capacity, heads, kv_heads, size, 0, 0.25]
-    raw = simt.run("attention", "float16", numbers, [t.numpy() for t in [*floats, *integers, *caches]])
-    output = _draw(batch, 1, heads * size)
-    shape = AttentionShape(batch, 1, capacity, capacity, heads, kv_heads, size, 0, 0.25)
-    kernels.prepared_attention(shape, [*floats, *integers, *caches, output])()
-    assert b"".join(tensor.numpy().tobytes() for tensor in (output, *caches)) == raw
+CALLS = {
+    "linear": Call(starts=(3, 7)),
+    "packed": Call(starts=(3, 7), packed=True, page_size=16, capacity=32),
+    "normalized": Call(starts=(0,), sequence=3, norm=True, size=80, window=2),
+    "int8": Call(starts=(5,), cache="int8", heads=6),
+    "paged fp8, packed and normalized": Call(
+        starts=(17, 2), sequence=2, capacity=48, page_size=16, cache="fp8", packed=True, norm=True
+    ),
+}
+
+
+def _attention(call: Call, inputs: Inputs) -> dict[str, Any]:
+    """Arguments of the binding for a call, in aligned memory."""
+    query, key, value = (tensor.flatten(2) for tensor in (inputs.query, inputs.key, inputs.value))
+    quantized, paged = call.cache != "float", call.page_size > 0
+    layer = Attention(
+        call.heads,
+        call.kv_heads,
+        call.scale,
+        _placed(inputs.cos),
+        _placed(inputs.sin),
+        _placed(inputs.key_cache),
+        _placed(inputs.value_cache),
+        cache_type=call.cache,
+        key_scales=_placed(inputs.key_scales) if quantized else None,
+        value_scales=_placed(inputs.value_scales) if quantized else None,
+        page_table=_placed(inputs.pages) if paged else None,
+        query_norm=_placed(inputs.query_norm) if call.norm else None,
+        key_norm=_placed(inputs.key_norm) if call.norm else None,
+        epsilon=EPSILON,
+        window=call.window,
+    )
+    return {
+        "query": _placed(torch.cat([query, key, value], 2) if call.packed else query),
+        "key": None if call.packed else _placed(key),
+        "value": None if call.packed else _placed(value),
+        "positions": _placed(inputs.positions),
+        "starts": _placed(inputs.starts),
+        "layer": layer,
+        "output": aligned(*query.shape, dtype=inputs.query.dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_attention_is_called_as_the_driver_calls_it(name: str, dtype: str, kernels: Kernels) -> None:
+    call, kind = CALLS[name], DTYPES[dtype][0]
+    inputs = Inputs.random(call, kind)
+    arguments = _attention(call, inputs)
+    kernels.attention(**arguments)
+    layer = arguments["layer"]
+    found = Results(arguments["output"].view(inputs.query.shape), layer.keys, layer.values)
+    assert found.same_bits(run(call, inputs, dtype))
+
+
+def test_attention_takes_the_path_that_is_asked_for(kernels: Kernels) -> None:
+    for call, path in (
+        (CALLS["linear"], "split"),
+        (CALLS["normalized"], "plain"),
+        (Call(sequence=130, capacity=256), "tiled"),
+    ):
+        arguments = _attention(replace(call, positions=256), Inputs.random(replace(call, positions=256), torch.float16))
+        assert kernels.attention_path(**arguments) == path
+    call = replace(CALLS["linear"], path="tiled")
+    inputs = Inputs.random(call, torch.float16)
+    arguments = _attention(call, inputs)
+    kernels.attention(**arguments, path="tiled")
+    layer = arguments["layer"]
+    found = Results(arguments["output"].view(inputs.query.shape), layer.keys, layer.values)
+    assert found.same_bits(run(call, inputs, "float16"))
+
+
+def _layer(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda given: {**given, "layer": replace(given["layer"], **changes)}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("linear", lambda given: {**given, "key": None}, "key is a NoneType, which has no __dlpack__"),
+        ("linear", _layer(sin=_draw(9, 32)), r"sin is float16 \[9, 32\], not float16 \[64, 32\]"),
+        (
+            "linear",
+            _layer(values=_draw(2, 2, 17, 64)),
+            r"values is float16 \[2, 2, 17, 64\], not float16 \[2, 2, 16, 64\]",
+        ),
+        ("linear", _layer(cache_type="int8"), "key_scales is a NoneType, which has no __dlpack__"),
+        ("linear", _layer(query_norm=_draw(64)), "key_norm is a NoneType, which has no __dlpack__"),
+        ("linear", _layer(heads=5), r"query is float16 \[2, 1, 256\], not float16 \[2, 1, 320\]"),
+        ("int8", _layer(keys=_draw(1, 2, 16, 64)), r"keys is float16 \[1, 2, 16, 64\], not int8"),
+        ("packed", _layer(page_table=_placed(np.zeros(4, np.int32))), "page_table has 1 dimensions, not 2"),
+        (
+            "linear",
+            _layer(keys=_draw(3, 2, 16, 64), values=_draw(3, 2, 16, 64)),
+            "the caches have 3 rows for a batch of 2",
+        ),
+        (
+            "packed",
+            _layer(keys=_draw(7, 2, 24, 64), values=_draw(7, 2, 24, 64)),
+            "page_size is 24, no power of two within 16 and 4096",
+        ),
+        ("normalized", lambda given: {**given, "path": "tiled"}, r"the kernels \(tiled\) returned CUDA error 801"),
+    ],
+)
+def test_attention_that_does_not_fit_is_named(
+    name: str, change: Callable[[dict[str, Any]], dict[str, Any]], sentence: str, kernels: Kernels
+) -> None:
+    arguments = _attention(CALLS[name], Inputs.random(CALLS[name], torch.float16))
+    with pytest.raises(KernelError, match=sentence):
+        kernels.attention(**change(arguments))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// Walks everything that TensorRT asks of the two plugins, right calls and wrong ones.
+// Walks everything that TensorRT asks of the two plugins in each of their variants, right calls and wrong ones.
 //
 //   contract linked                      the plugins' sources linked in, kernels run by the emulator
 //   contract registry LIBRARY PLUGINS    the built library, loaded by the plugin registry in TensorRT's LIBRARY
@@ -40,6 +40,60 @@ void checkPlugin(Subject const& subject, std::vector<int64_t> const& larger, Sou
     checkContext(subject, *plugin);
 }
 
+// Sizes: tokens.
+std::vector<Subject> moeSubjects()
+{
+    OpSpec const* const spec = &moe_spec::kSpec;
+    return {
+        {spec, {64, 32, 8, 0, 8, 2, 2, 1, 0, 65536, 1}, {5}, {0}},
+        {spec, {64, 32, 8, 0, 8, 0, 2, 1, 0, 65536, 1}, {5}, {0}},  // without shared experts
+        {spec, {64, 64, 8, 2, 4, 1, 2, 1, 1, 65536, 1}, {5}, {0}},  // INT8
+        {spec, {128, 64, 8, 0, 8, 0, 2, 1, 2, 64, 1}, {5}, {0}},    // INT4
+        {spec, {64, 64, 8, 0, 8, 2, 2, 1, 3, 65536, 1}, {5}, {0}}}; // FP8
+}
+
+// Sizes: batch, sequence, cache_rows, capacity, positions, row_pages.
+void checkAttention(std::vector<double> const& numbers, bool isPaged, Source const& source)
+{
+    int64_t const pages = isPaged ? 5 : 2;
+    Subject const subject{
+        &attention_spec::kSpec, numbers, {2, 3, pages, 16, 32, 2}, {0, 3, isPaged ? 5 : 0, 16, 32, 2}};
+    checkPlugin(subject, {64, 4096, 64, isPaged ? 16 : 4096, 4096, 256}, source);
+    IPluginCreatorV3One* const creator = source.find(subject.spec->name);
+    PluginPointer const plugin = creator == nullptr ? nullptr : create(*creator, Fields(*subject.spec, numbers));
+    if (plugin == nullptr)
+    {
+        return;
+    }
+    auto const refused = [&](std::vector<int64_t> const& sizes, char const* sentence) {
+        checkRefusedSizes(subject, *plugin, sizes, sentence, source);
+    };
+    refused({2, 3, pages, 16, 0, 2}, "the tables cos and sin are empty");
+    if (isPaged)
+    {
+        refused({2, 3, 5, 32, 32, 2}, "a page of the caches has 32 tokens, but page_size is 16");
+        refused({2, 33, 5, 16, 32, 2}, "33 new tokens do not fit into a row of the caches, which has 32");
+    }
+    else
+    {
+        refused({2, 3, 3, 16, 32, 2}, "the caches have 3 rows for a batch of 2");
+        refused({2, 17, 2, 16, 32, 2}, "17 new tokens do not fit into a row of the caches, which has 16");
+    }
+}
+
+void checkPlugins(Source const& source)
+{
+    for (Subject const& subject : moeSubjects())
+    {
+        checkPlugin(subject, {1000000}, source);
+    }
+    checkAttention({4, 2, 64, 0.125, 0, 0, 0, 0, 0, 1e-6}, false, source);
+    checkAttention({4, 2, 64, 0.125, 0, 0, 0, 1, 1, 1e-6}, false, source); // packed and normalized
+    checkAttention({6, 2, 128, 0.125, 0, 2, 0, 0, 1, 1e-6}, false, source); // INT8
+    checkAttention({4, 2, 64, 0.125, 0, 0, 16, 0, 0, 1e-6}, true, source); // paged
+    checkAttention({4, 1, 64, 0.125, 9, 1, 16, 1, 1, 1e-6}, true, source); // paged FP8, packed and normalized
+}
+
 Source fromRegistry(char const* tensorrt, char const* plugins)
 {
     void* const library = dlopen(tensorrt, RTLD_NOW | RTLD_GLOBAL);
@@ -64,34 +118,18 @@ Source fromRegistry(char const* tensorrt, char const* plugins)
 
 int main(int argc, char** argv)
 {
-    // tokens, and batch, sequence, capacity, positions, in the order of the generated indices.
-    Subject const moe{&qwenforge::moe_spec::kSpec, {64, 32, 8, 0, 8, 2, 2, 1, 0, 65536, 1}, {5}};
-    Subject const withoutShared{&qwenforge::moe_spec::kSpec, {64, 32, 8, 0, 8, 0, 2, 1, 0, 65536, 1}, {5}};
-    Subject const int8{&qwenforge::moe_spec::kSpec, {64, 64, 8, 2, 4, 1, 2, 1, 1, 65536, 1}, {5}};
-    Subject const int4{&qwenforge::moe_spec::kSpec, {128, 64, 8, 0, 8, 0, 2, 1, 2, 64, 1}, {5}};
-    Subject const float8{&qwenforge::moe_spec::kSpec, {64, 64, 8, 0, 8, 2, 2, 1, 3, 65536, 1}, {5}};
-    Subject const attention{&qwenforge::attention_spec::kSpec, {4, 2, 64, 0.125, 0, 0}, {2, 3, 16, 32}};
 #ifdef LINKED
     if (argc == 2 && std::strcmp(argv[1], "linked") == 0)
     {
         Source const source = fromLinkedSources();
-        checkLogger(moe);
-        for (Subject const* subject : {&moe, &withoutShared, &int8, &int4, &float8})
-        {
-            checkPlugin(*subject, {1000000}, source);
-        }
-        checkPlugin(attention, {64, 4096, 4096, 4096}, source);
+        checkLogger(moeSubjects().front());
+        checkPlugins(source);
         return failures() == 0 ? 0 : 1;
     }
 #endif
     if (argc == 4 && std::strcmp(argv[1], "registry") == 0)
     {
-        Source const source = fromRegistry(argv[2], argv[3]);
-        for (Subject const* subject : {&moe, &withoutShared, &int8, &int4, &float8})
-        {
-            checkPlugin(*subject, {1000000}, source);
-        }
-        checkPlugin(attention, {64, 4096, 4096, 4096}, source);
+        checkPlugins(fromRegistry(argv[2], argv[3]));
         return failures() == 0 ? 0 : 1;
     }
     std::fprintf(stderr, "usage: %s linked | registry LIBRARY PLUGINS\n", argv[0]);

@@ -18,9 +18,13 @@ ENTRY(CustomOpDomain_Add, 27);
 ENTRY(AddCustomOpDomain, 28);
 ENTRY(GetTensorMutableData, 51);
 ENTRY(CastTypeInfoToTensorInfo, 55);
+ENTRY(CreateTensorTypeAndShapeInfo, 57);
+ENTRY(SetTensorElementType, 58);
+ENTRY(SetDimensions, 59);
 ENTRY(GetTensorElementType, 60);
 ENTRY(GetDimensionsCount, 61);
 ENTRY(GetDimensions, 62);
+ENTRY(GetSymbolicDimensions, 63);
 ENTRY(GetTensorTypeAndShape, 65);
 ENTRY(AllocatorAlloc, 75);
 ENTRY(AllocatorFree, 76);
@@ -40,9 +44,13 @@ ENTRY(KernelInfo_GetInputCount, 230);
 ENTRY(KernelInfo_GetInputName, 232);
 ENTRY(KernelInfo_GetInputTypeInfo, 234);
 ENTRY(KernelInfo_GetNodeName, 244);
+ENTRY(KernelInfoGetConstantInput_tensor, 249);
 ENTRY(ShapeInferContext_GetInputCount, 267);
 ENTRY(ShapeInferContext_GetInputTypeShape, 268);
+ENTRY(ShapeInferContext_GetAttribute, 269);
 ENTRY(ShapeInferContext_SetOutputTypeShape, 270);
+ENTRY(SetSymbolicDimensions, 271);
+ENTRY(ReadOpAttr, 272);
 ENTRY(KernelContext_GetScratchBuffer, 277);
 ENTRY(KernelInfoGetAllocator, 278);
 
@@ -93,5 +101,6 @@ static_assert(is(ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, 0) && is(ONNX_TENSOR_E
     && is(ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, 16) && is(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN, 17)
     && is(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4, 22));
 static_assert(is(ORT_OK, 0) && is(ORT_FAIL, 1) && is(ORT_INVALID_ARGUMENT, 2) && is(ORT_RUNTIME_EXCEPTION, 6));
+static_assert(is(ORT_OP_ATTR_UNDEFINED, 0) && is(ORT_OP_ATTR_INT, 1) && is(ORT_OP_ATTR_FLOAT, 3));
 static_assert(is(OrtMemTypeCPUInput, -2) && is(OrtMemTypeCPUOutput, -1) && is(OrtMemTypeDefault, 0));
 static_assert(is(INPUT_OUTPUT_REQUIRED, 0) && is(INPUT_OUTPUT_OPTIONAL, 1) && is(INPUT_OUTPUT_VARIADIC, 2));

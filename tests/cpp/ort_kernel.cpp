@@ -52,7 +52,7 @@ cudaError_t launch(Contract const&, Binding const&, Tensors const& tensors, void
     return gResult;
 }
 
-constexpr OpTable kOp{moe_spec::kSpec, workspaceBytes, checkSizes, launch};
+constexpr OpTable kOp{moe_spec::kSpec, workspaceBytes, checkSizes, launch, nullptr};
 
 OrtKernelInfo node()
 {
@@ -67,14 +67,13 @@ OrtKernelInfo node()
 OrtKernelContext call(void* stream, int64_t tokens = kTokens)
 {
     alignas(16) static char data[16];
-    OrtKernelContext context{{}, {}, stream};
+    OrtKernelContext context{{}, {OrtValue{{}, data}}, stream};
     for (OrtTensorTypeAndShapeInfo const& input : node().inputs)
     {
         context.inputs.push_back({input, data});
     }
     context.inputs[0].info.shape = {tokens, kHidden};
     context.inputs[1].info.shape = {tokens, kExperts};
-    context.output.data = data;
     return context;
 }
 

@@ -20,6 +20,7 @@ struct OrtTensorTypeAndShapeInfo
 {
     ONNXTensorElementDataType type;
     std::vector<int64_t> shape;
+    std::vector<std::string> names{}; // of the extents, empty where they have none
 };
 struct OrtTypeInfo
 {
@@ -35,14 +36,25 @@ struct OrtMemoryInfo
 };
 struct OrtKernelInfo
 {
-    std::map<std::string, int64_t> attributes;
+    std::map<std::string, double> attributes;
     std::vector<OrtTensorTypeAndShapeInfo> inputs; // of type UNDEFINED where there is none
+    int constant = -1;                             // the one of them that is a constant
 };
 struct OrtKernelContext
 {
     std::vector<OrtValue> inputs;
-    OrtValue output;
+    std::vector<OrtValue> outputs;
     void* stream;
+};
+struct OrtOpAttr
+{
+    double value;
+};
+struct OrtShapeInferContext
+{
+    std::map<std::string, OrtOpAttr> attributes;
+    std::vector<OrtTensorTypeAndShapeInfo> inputs; // of type UNDEFINED where there is none
+    mutable std::map<size_t, OrtTensorTypeAndShapeInfo> outputs{}; // that were set
 };
 
 namespace fake
@@ -100,7 +112,16 @@ inline OrtApi table()
         OrtStatus* const failed = found == info->attributes.end() ? status("no such attribute") : called();
         if (failed == nullptr)
         {
-            *out = found->second;
+            *out = static_cast<int64_t>(found->second);
+        }
+        return failed;
+    };
+    api.KernelInfoGetAttribute_float = [](OrtKernelInfo const* info, char const* name, float* out) noexcept {
+        auto const found = info->attributes.find(name);
+        OrtStatus* const failed = found == info->attributes.end() ? status("no such attribute") : called();
+        if (failed == nullptr)
+        {
+            *out = static_cast<float>(found->second);
         }
         return failed;
     };
@@ -146,6 +167,12 @@ inline OrtApi table()
         std::copy_n(info->shape.begin(), count, values);
         return called();
     };
+    api.KernelInfoGetConstantInput_tensor
+        = [](OrtKernelInfo const* info, size_t index, int* isConstant, OrtValue const** out) noexcept {
+              *isConstant = static_cast<int>(index) == info->constant ? 1 : 0;
+              *out = nullptr;
+              return called();
+          };
     api.KernelInfoGetAllocator = [](OrtKernelInfo const*, OrtMemType, OrtAllocator** out) noexcept {
         OrtStatus* const failed = called();
         if (failed == nullptr)
@@ -181,9 +208,9 @@ inline OrtApi table()
         return called();
     };
     api.KernelContext_GetOutput
-        = [](OrtKernelContext* context, size_t, int64_t const* shape, size_t rank, OrtValue** out) noexcept {
-              context->output.info.shape.assign(shape, shape + rank);
-              *out = &context->output;
+        = [](OrtKernelContext* context, size_t index, int64_t const* shape, size_t rank, OrtValue** out) noexcept {
+              context->outputs[index].info.shape.assign(shape, shape + rank);
+              *out = &context->outputs[index];
               return called();
           };
     api.GetTensorTypeAndShape = [](OrtValue const* value, OrtTensorTypeAndShapeInfo** out) noexcept {
@@ -207,6 +234,68 @@ inline OrtApi table()
         *out = context->stream;
         return called();
     };
+    api.CreateTensorTypeAndShapeInfo = [](OrtTensorTypeAndShapeInfo** out) noexcept {
+        OrtStatus* const failed = called();
+        if (failed == nullptr)
+        {
+            ++state.infos;
+            *out = new OrtTensorTypeAndShapeInfo{};
+        }
+        return failed;
+    };
+    api.SetTensorElementType = [](OrtTensorTypeAndShapeInfo* info, ONNXTensorElementDataType type) noexcept {
+        info->type = type;
+        return called();
+    };
+    api.SetDimensions = [](OrtTensorTypeAndShapeInfo* info, int64_t const* values, size_t count) noexcept {
+        info->shape.assign(values, values + count);
+        return called();
+    };
+    api.GetSymbolicDimensions
+        = [](OrtTensorTypeAndShapeInfo const* info, char const* names[], size_t count) noexcept {
+              for (size_t i = 0; i < count; ++i)
+              {
+                  names[i] = i < info->names.size() ? info->names[i].c_str() : "";
+              }
+              return called();
+          };
+    api.SetSymbolicDimensions = [](OrtTensorTypeAndShapeInfo* info, char const* names[], size_t count) noexcept {
+        info->names.assign(names, names + count);
+        return called();
+    };
+    api.ShapeInferContext_GetInputCount = [](OrtShapeInferContext const* context, size_t* out) noexcept {
+        *out = context->inputs.size();
+        return called();
+    };
+    api.ShapeInferContext_GetInputTypeShape
+        = [](OrtShapeInferContext const* context, size_t index, OrtTensorTypeAndShapeInfo** out) noexcept {
+              OrtTensorTypeAndShapeInfo const& info = context->inputs[index];
+              bool const isGiven = info.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+              *out = isGiven ? const_cast<OrtTensorTypeAndShapeInfo*>(&info) : nullptr;
+              return called();
+          };
+    api.ShapeInferContext_GetAttribute
+        = [](OrtShapeInferContext const* context, char const* name, OrtOpAttr const** out) noexcept {
+              auto const found = context->attributes.find(name);
+              *out = found == context->attributes.end() ? nullptr : &found->second;
+              return *out == nullptr ? status("no such attribute") : called();
+          };
+    api.ReadOpAttr = [](OrtOpAttr const* attribute, OrtOpAttrType type, void* data, size_t bytes, size_t* needed) noexcept {
+        auto const integer = static_cast<int64_t>(attribute->value);
+        auto const real = static_cast<float>(attribute->value);
+        *needed = type == ORT_OP_ATTR_INT ? sizeof(integer) : sizeof(real);
+        OrtStatus* const failed = bytes < *needed ? status("too few bytes") : called();
+        if (failed == nullptr)
+        {
+            std::memcpy(data, type == ORT_OP_ATTR_INT ? static_cast<void const*>(&integer) : &real, *needed);
+        }
+        return failed;
+    };
+    api.ShapeInferContext_SetOutputTypeShape
+        = [](OrtShapeInferContext const* context, size_t index, OrtTensorTypeAndShapeInfo const* info) noexcept {
+              context->outputs[index] = *info;
+              return called();
+          };
     return api;
 }
 

@@ -60,7 +60,8 @@ struct Subject
 {
     qwenforge::OpSpec const* spec;
     std::vector<double> numbers;
-    std::vector<int64_t> sizes; // by index of the specification, as in a small call
+    std::vector<int64_t> sizes;   // by index of the specification, as in a small call
+    std::vector<int64_t> nothing; // the same of a call without a token
 
     std::vector<nvinfer1::PluginTensorDesc> tensors(
         std::vector<int64_t> const& given, nvinfer1::DataType type = nvinfer1::DataType::kHALF) const
@@ -126,6 +127,25 @@ struct Subject
     {
         return spec->outputCount;
     }
+
+    // The position of the input whose memory an output shares, -1 for none.
+    int32_t aliasedInput(int32_t output) const
+    {
+        std::vector<int32_t> const indices = present();
+        auto const found = std::find(indices.begin(), indices.end(), spec->outputs[output].aliases);
+        return found == indices.end() ? -1 : static_cast<int32_t>(found - indices.begin());
+    }
+
+    // How many of the inputs bring a size.
+    int64_t inputsWith(int32_t size) const
+    {
+        std::vector<int32_t> const indices = present();
+        return std::count_if(indices.begin(), indices.end(), [&](int32_t index) {
+            qwenforge::TensorSpec const& tensor = spec->inputs[index];
+            return std::any_of(tensor.shape, tensor.shape + tensor.rank,
+                [&](qwenforge::DimensionSpec const& dimension) { return dimension.size == size; });
+        });
+    }
 };
 
 inline std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic(std::vector<nvinfer1::PluginTensorDesc> const& tensors)
@@ -177,7 +197,7 @@ struct Memory
                 inputs.push_back(address);
                 continue;
             }
-            int32_t const alias = subject.spec->outputs[i - subject.inputs()].aliases;
+            int32_t const alias = subject.aliasedInput(i - subject.inputs());
             outputs.push_back(alias < 0 ? address : const_cast<void*>(inputs[static_cast<size_t>(alias)]));
         }
     }

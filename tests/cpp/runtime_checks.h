@@ -61,9 +61,7 @@ inline void checkRuntime(Subject const& subject, IPluginV3& plugin, Source const
     {
         check(enqueue(good, good.alignedWorkspace()) != 0, "%s: enqueue without a GPU is an error", name);
     }
-    std::vector<int64_t> none = subject.sizes;
-    none[0] = 0;
-    Call empty(subject, none, *buildOf(plugin));
+    Call empty(subject, subject.nothing, *buildOf(plugin));
     check(shapes(empty) == 0 && enqueue(empty, nullptr) == 0, "%s: no token is no work and no error", name);
 
     check(enqueue(good, nullptr) != 0, "%s: enqueue without a workspace is an error", name);
@@ -97,8 +95,8 @@ inline void checkRuntime(Subject const& subject, IPluginV3& plugin, Source const
             wrong = fresh();
             wrong.tensors[i].dims.d[axis] += 1;
             int32_t const size = subject.input(static_cast<int32_t>(i)).shape[axis].size;
-            // The positions of the tables are the one size that no other tensor has, but for the second table.
-            bool const shared = size < 0 || std::strcmp(subject.spec->sizes[size], "positions") != 0 || i > 5;
+            // What no other tensor brings may be of any extent.
+            bool const shared = size < 0 || subject.inputsWith(size) > 1;
             check(!shared || (shapes(wrong) != 0 && enqueue(wrong, wrong.alignedWorkspace()) != 0),
                 "%s: dimension %d of %s that does not fit is an error", name, axis, subject.input(static_cast<int32_t>(i)).name);
         }
@@ -118,6 +116,17 @@ inline void checkRuntime(Subject const& subject, IPluginV3& plugin, Source const
         check(enqueue(apart, apart.alignedWorkspace()) != 0, "%s: %s in memory of its own is an error", name,
             subject.spec->outputs[i].name);
     }
+}
+
+// Sizes that agree with each other and that the kernels do not take are refused, with their words.
+inline void checkRefusedSizes(
+    Subject const& subject, IPluginV3& plugin, std::vector<int64_t> const& sizes, char const* sentence, Source const& source)
+{
+    Call call(subject, sizes, *buildOf(plugin));
+    int32_t const status = runtimeOf(plugin)->onShapeChange(call.tensors.data(), subject.inputs(),
+        call.tensors.data() + subject.inputs(), subject.outputs());
+    bool const heard = source.logged == nullptr || source.logged->find(sentence) != std::string::npos;
+    check(status != 0 && heard, "%s: refused: %s", subject.spec->name, sentence);
 }
 
 inline void checkContext(Subject const& subject, IPluginV3& plugin)

@@ -176,7 +176,7 @@ def _missing_field(model: ir.Model) -> None:
         (_field("QwenForgeMoE", "num_experts", 9), "dimension 1 of router_logits is 6, but num_experts is 9"),
         (_field("QwenForgeMoE", "layout_version", 2), "layout_version is 2"),
         (_field("QwenForgeMoE", "top_k", 7), "top_k is larger than num_experts"),
-        (_field("QwenForgeAttention", "cache_type", 1), "cache_type is 1"),
+        (_field("QwenForgeAttention", "cache_type", 1), "9 inputs were given, not 11"),
         (_missing_field, "top_k"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

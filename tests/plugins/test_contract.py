@@ -54,7 +54,7 @@ def linked(folder: Path) -> Path:
     sources = [*plugins.glob("*/*_plugin.cpp"), *plugins.glob("*/*_op.cpp"), CPP / "cuda_stub.cpp"]
     sources.append(plugins / "moe" / "cutlass" / "grouped_missing.cpp")
     sources += [path for path in (plugins / "common").glob("*.cpp") if path.name != "kernels_c_api.cpp"]
-    kernels = [*map(str, plugins.glob("moe/*.cu")), str(plugins / "attention" / "attention.cu")]
+    kernels = [*map(str, plugins.glob("moe/*.cu")), *map(str, plugins.glob("attention/*.cu"))]
     flags = ["-DLINKED", "-DQWENFORGE_SIMT", '-DQWENFORGE_VERSION="0"', f"-I{CPP.parent / 'support' / 'simt'}"]
     return _compiled("contract", folder, *flags, "-rdynamic", *SANITIZERS, *map(str, sources), "-x", "c++", *kernels)
 
@@ -128,7 +128,7 @@ print(sorted((c.name, c.plugin_version, len(c.field_names)) for c in registry.al
              if c.plugin_namespace == "qwenforge"))
 """
     finished = standin("lean" if library == "lean" else "rtx").run("-c", code)
-    assert finished.stdout.strip() == "[('QwenForgeAttention', '1', 6), ('QwenForgeMoE', '1', 11)]", finished.stderr
+    assert finished.stdout.strip() == "[('QwenForgeAttention', '1', 10), ('QwenForgeMoE', '1', 11)]", finished.stderr
 
 
 def test_interface_has_tensorrts_layout(folder: Path) -> None:

@@ -6,13 +6,17 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 from support import simt
+from support.attention_cases import Call
+from support.attention_nodes import attention_model
 from support.moe_cases import Case, Weights
-from support.ort_custom_op import PLUGINS, generate_header, moe_model, ort_library, session
+from support.ort_custom_op import PLUGINS, generate_headers, moe_model, ort_library, session
 from support.plugin_library import cmake, cuda_folder, why_missing
 from support.source_tree import ROOT
 
@@ -22,13 +26,15 @@ CPP = ROOT / "tests" / "cpp"
 
 
 @needs_kernels
-def test_kernel_keeps_to_its_stream_and_gives_everything_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["ort_kernel", "ort_attention"])
+def test_kernel_keeps_to_its_stream_and_gives_everything_back(program: str, tmp_path: Path) -> None:
     """Against a stand-in for ONNX Runtime with a stream, whose every call fails once; sanitized."""
-    generate_header(tmp_path)
+    generate_headers(tmp_path)
     command = ["g++", "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=address,undefined"]
     command += [f"-I{PLUGINS}", f"-I{CPP}", f"-I{tmp_path}", "-isystem", f"{cuda_folder()}/include"]
-    command += ["-fno-sanitize-recover=undefined", str(CPP / "ort_kernel.cpp"), str(CPP / "cuda_stub.cpp")]
-    sources = ("onnxruntime/kernel.cpp", "onnxruntime/ort_values.cpp", "common/contract.cpp", "common/fields.cpp")
+    command += ["-fno-sanitize-recover=undefined", str(CPP / f"{program}.cpp"), str(CPP / "cuda_stub.cpp")]
+    sources = ["onnxruntime/kernel.cpp", "onnxruntime/ort_values.cpp", "onnxruntime/shape_inference.cpp"]
+    sources += ["common/contract.cpp", "common/fields.cpp"]
     command += [*(str(PLUGINS / source) for source in sources), "-o", str(tmp_path / "checks")]
     compiled = subprocess.run(command, capture_output=True, text=True, check=False)
     assert compiled.returncode == 0, compiled.stderr
@@ -36,12 +42,26 @@ def test_kernel_keeps_to_its_stream_and_gives_everything_back(tmp_path: Path) ->
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-@needs_library
-def test_library_is_registered_and_its_op_waits_for_cuda() -> None:
+def _moe() -> onnx.ModelProto:
     case = Case(shared=1)
-    model = moe_model(case.attributes, Weights.random(case).tensors, case.dtype)
-    with pytest.raises(Exception, match="QwenForgeMoE 'layer 3': its kernels need CUDAExecutionProvider"):
-        session(model, ort_library(), "CPUExecutionProvider")
+    return moe_model(case.attributes, Weights.random(case).tensors, case.dtype)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("op", "model"),
+    [
+        ("QwenForgeMoE", _moe),
+        ("QwenForgeAttention", lambda: attention_model(Call(), "float16")),
+        ("QwenForgeAttention", lambda: attention_model(Call(packed=True, norm=True), "bfloat16")),
+        ("QwenForgeAttention", lambda: attention_model(Call(cache="int8", page_size=16), "bfloat16")),
+    ],
+    ids=["moe", "attention", "packed attention", "int8 attention"],
+)
+def test_library_is_registered_and_its_ops_wait_for_cuda(op: str, model: Callable[[], onnx.ModelProto]) -> None:
+    """The graph passes ONNX Runtime's checks against the op's schema, and the op is asked for a kernel."""
+    with pytest.raises(Exception, match=f"{op} 'layer 3': its kernels need CUDAExecutionProvider"):
+        session(model(), ort_library(), "CPUExecutionProvider")
 
 
 @needs_library

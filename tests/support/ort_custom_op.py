@@ -1,4 +1,4 @@
-"""Custom ops in ONNX Runtime: the library with emulated kernels, for its CPU build, and graphs of one such node."""
+"""Custom ops in ONNX Runtime: the library with emulated kernels, for its CPU build, and graphs of one QwenForgeMoE."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from support.source_tree import ROOT
 PLUGINS = ROOT / "plugins"
 SPEC = OpSpec.model_validate(yaml.safe_load((PLUGINS / "moe" / "op.yaml").read_text(encoding="utf-8")))
 _SIMT = ROOT / "tests" / "support" / "simt"
-_SOURCES = ["common/contract.cpp", "common/fields.cpp", "moe/moe_op.cpp", "moe/cutlass/grouped_missing.cpp"]
+_SOURCES = ["common/contract.cpp", "common/fields.cpp", "attention/attention_op.cpp", "moe/moe_op.cpp"]
+_SOURCES += ["moe/cutlass/grouped_missing.cpp"]
 _ELEMENT = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16, "float32": TensorProto.FLOAT}
 
 
@@ -46,9 +47,10 @@ def emulated_library() -> Path:
     """
     sources = [*(PLUGINS / "onnxruntime").glob("*.cpp"), *(PLUGINS / name for name in _SOURCES)]
     sources.append(ROOT / "tests" / "cpp" / "cuda_stub.cpp")
-    kernels = sorted((PLUGINS / "moe").glob("*.cu"))
-    read = [path for name in ("common", "moe", "onnxruntime") for path in (PLUGINS / name).rglob("*") if path.is_file()]
-    read = [path for path in read if path.suffix != ".pyc"] + [_SIMT / "simt.h", sources[-1]]
+    kernels = [path for op in ("attention", "moe") for path in sorted((PLUGINS / op).glob("*.cu"))]
+    folders = ("attention", "common", "moe", "onnxruntime")
+    read = [path for name in folders for path in (PLUGINS / name).rglob("*") if path.is_file()]
+    read = [path for path in read if path.suffix not in (".pyc", ".md")] + [*_SIMT.glob("*.h"), sources[-1]]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(read))).hexdigest()[:16]
     place = ROOT / "build" / "simt"
     place.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def emulated_library() -> Path:
     with (place / "ort-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            generate_header(generated)
+            generate_headers(generated)
             partial = library.with_suffix(".partial")
             finished = subprocess.run([*command, "-o", partial], capture_output=True, text=True, check=False)
             if finished.returncode:
@@ -71,10 +73,11 @@ def emulated_library() -> Path:
     return library
 
 
-def generate_header(folder: Path) -> None:
-    """``moe_spec.h`` in ``folder``."""
+def generate_headers(folder: Path) -> None:
+    """``attention_spec.h`` and ``moe_spec.h`` in ``folder``."""
     generator = ROOT / "cmake" / "generate_spec_header.py"
-    subprocess.run([sys.executable, generator, "moe", folder / "moe_spec.h"], check=True)
+    for op in ("attention", "moe"):
+        subprocess.run([sys.executable, generator, op, folder / f"{op}_spec.h"], check=True)
 
 
 def moe_model(
