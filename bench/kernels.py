@@ -167,8 +167,8 @@ def kernels_for(torch: Any, library: Path) -> Kernels:
     )
 
 
-def require_gpu(nvcc: str | Path | None) -> Any:
-    """torch, where there is a GPU and a compiler (or what it would make).
+def require_gpu(nvcc: str | Path | None = "") -> Any:
+    """torch, where there is a GPU and, if ``nvcc`` is not None, a compiler or what it would make.
 
     Raises:
         SystemExit: with one sentence on stderr and code 1 where something is missing.
