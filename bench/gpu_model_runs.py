@@ -204,7 +204,7 @@ def _export(
         bundle,
         target=setting.target,
         dtype="bf16" if setting.target == "ort-cuda" else "fp32",
-        weights="link" if choice is None else "copy",
+        weights="copy",
         max_length=length,
         max_batch=max(setting.batches),
         verify_result=False,
