@@ -112,7 +112,7 @@ def _measured(machine: Machine, kernels: Kernels, heads: Heads, cache: Cache, wo
     torch.cuda.synchronize()
     contenders.capture(machine, calls, outputs)
     once = {path: output.clone() for path, output in outputs.items()}
-    times = {
+    times: dict[str, Any] = {
         name: {
             "us": asdict(taken),
             "percent_of_floor": 100 * floor.us / taken.median,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qwenforge.bench import attention_report, attention_rows
+from qwenforge.bench import attention_report, attention_rows, kernels
 from qwenforge.bench.attention_layers import (
     CACHES,
     HEADS,
@@ -22,7 +24,7 @@ from qwenforge.bench.attention_layers import (
     floor_of,
     make_call,
 )
-from qwenforge.bench.attention_reference import Differences, differences
+from qwenforge.bench.attention_reference import Differences, checked_rows, differences
 from support import emulated_kernels, simt
 from support.torch_stand_in import StandIn, machine
 
@@ -37,8 +39,8 @@ WORKS = [Work(2, 1, 70), Work(1, 5, 0), Work(1, 4, 30)]
 def _rows(caches: list[Cache], works: list[Work], **options: Any) -> list[dict[str, Any]]:
     torch.manual_seed(3)
     stand_in = machine(StandIn(free=options.pop("free", 1 << 30)))
-    kernels = emulated_kernels.kernels()
-    return list(attention_rows.attention_rows(stand_in, kernels, [SMALL], caches, works, **options))
+    library = emulated_kernels.kernels()
+    return list(attention_rows.attention_rows(stand_in, library, [SMALL], caches, works, **options))
 
 
 @emulated
@@ -77,6 +79,28 @@ def test_rows_that_do_not_fit_or_come_too_late_are_named() -> None:
     assert row["left_out"] == "needs 0.0 GB, 0.0 GB are free" and "times" not in row
     (row,) = _rows(CACHES[:1], WORKS[:1], deadline=0.0)
     assert attention_report.line(row) == "small bf16 decode B=2 keys=71: the time for this part was over"
+
+
+@emulated
+def test_program_writes_the_rows_and_says_what_follows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in = StandIn()
+    monkeypatch.setattr(kernels, "require_gpu", lambda _: stand_in)
+    monkeypatch.setattr(kernels, "kernels_for", lambda *_: emulated_kernels.kernels())
+    monkeypatch.setattr(kernels, "Machine", lambda *_: machine(stand_in))
+    monkeypatch.setattr(kernels, "HEADS", (SMALL,))
+    monkeypatch.setattr(kernels, "WORKS", {"decode": WORKS[:1], "prefill": WORKS[1:2]})
+    target = tmp_path / "times.json"
+    options = ["--library", "made.so", "--caches", "bf16,int8", "--works", "decode", "--json", str(target)]
+    assert kernels.main(["attention", *options]) == 0
+    report = json.loads(target.read_text(encoding="utf-8"))
+    assert [(row["cache"], row["kind"]) for row in report["attention"]] == [("bf16", "decode"), ("int8", "decode")]
+    assert report["copy_bandwidth"] == 4e12 and "moe" not in report
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 1 rows with peers are faster than every peer"
+    assert kernels.main(["attention", *options, "--limit", "-1"]) == 0
+    late = json.loads(target.read_text(encoding="utf-8"))["attention"]
+    assert {row["left_out"] for row in late} == {"the time for this part was over"}
 
 
 # An H200's 4.3 TB/s and 790 TFLOP/s; KERNELS.md's floors of reading the cache, one layer, 16 bits.
@@ -145,6 +169,21 @@ def test_reference_is_attention(work: Work, monkeypatch: pytest.MonkeyPatch) -> 
     assert found().append > 0.1
     call.layer.keys[0, 0, work.past, 0] = float("nan")
     assert found().append != found().append
+
+
+def test_rows_compared_are_first_and_last_and_some_between() -> None:
+    assert checked_rows(1) == [0] and checked_rows(3) == [0, 1, 2] and checked_rows(8) == list(range(8))
+    found = checked_rows(128)
+    assert len(set(found)) == 8 and found[0] == 0 and found[-1] == 127
+
+
+def test_nan_in_a_row_that_is_not_compared_is_found() -> None:
+    stand_in, work = StandIn(), Work(32, 1, 3)
+    call = make_call(stand_in, SMALL, CACHES[0], work)
+    output = _attended(call)
+    assert 1 not in checked_rows(32) and differences(stand_in, SMALL, work, call, output).output < 1e-5
+    output[1, 0, 0] = float("nan")
+    assert not differences(stand_in, SMALL, work, call, output).output <= 1.0
 
 
 def _report_row(**changes: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from qwenforge.bundle import Bundle
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.config import ModelConfig
 from support.source_tree import ROOT
-from support.torch_stand_in import StandIn
+from support.torch_stand_in import StandIn, machine
 
 OURS, EAGER, COMPILED, NATIVE, MIXED = VARIANTS
 
@@ -161,16 +161,8 @@ def test_table_says_what_was_reached(step: float, verdict: str) -> None:
 
 
 def test_numbers_of_the_gpu_are_spread_as_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Device(StandIn):
-        """Whose generator is the CPU's."""
-
-        @staticmethod
-        def Generator(device: str) -> torch.Generator:
-            assert device == "cuda"
-            return torch.Generator()
-
     monkeypatch.setattr(gpu_models, "DRAWN", 1000)
-    write_checkpoint(tmp_path, "tiny", dtype="bf16", layers=1, draw=gpu_models.drawn(Device()))
+    write_checkpoint(tmp_path, "tiny", dtype="bf16", layers=1, draw=gpu_models.drawn(StandIn()))
     source = Checkpoint.open(tmp_path)
     assert source.config.num_hidden_layers == 1 and geometry_config("tiny", "bf16", 1)["num_hidden_layers"] == 1
     embedding = source.tensor("model.embed_tokens.weight").numpy().astype(np.float32)
@@ -196,6 +188,32 @@ def test_modules_that_are_missing_are_all_named(
     assert capsys.readouterr().err == (
         "gpu_models.py: error: this Python lacks the modules onnxruntime, pydantic: install them\n"
     )
+
+
+def test_program_writes_rows_as_they_come_and_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "models.json"
+    asked: list[Setting] = []
+
+    def measured(setting: Setting, models: Sequence[str], variants: Sequence[Variant]) -> Any:
+        asked.append(setting)
+        yield _row("qwenforge", 4.0)
+        assert len(json.loads(target.read_text(encoding="utf-8"))["models"]) == 1
+        yield {"model": models[0], "subject": variants[1].name, "left_out": "out of memory"}
+
+    stand_in = StandIn()
+    monkeypatch.setattr("qwenforge.bench.kernels.require_gpu", lambda: stand_in)
+    monkeypatch.setattr("qwenforge.bench.gpu_clock.Machine", lambda *_: machine(stand_in))
+    monkeypatch.setattr(gpu_model_runs, "rows", measured)
+    assert gpu_models.main(["--models", "tiny", "--json", str(target), "--work", str(tmp_path), "--layers", "2"]) == 0
+    report = json.loads(target.read_text(encoding="utf-8"))
+    assert report["gpu"] == "stand-in" and report["copy_bandwidth"] == 4e12 and len(report["models"]) == 2
+    assert "needs onnxruntime-gpu" in report["ours_left_out"] == asked[0].why_not_ours
+    assert asked[0].layers == 2 and asked[0].bandwidth == 4e12
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "tiny transformers eager: out of memory" and "target of 1.25x is met" in lines[-1]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_without_onnxruntime_gpu_ours_have_a_reason() -> None:

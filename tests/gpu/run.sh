@@ -100,8 +100,11 @@ library() {
         -DCMAKE_CUDA_COMPILER="$(command -v nvcc)" -DPython3_EXECUTABLE="$(command -v "$python")" \
         && cmake --build "$work/cmake" --target qwenforge_ort
 }
+# ONNX Runtime finds the libraries of CUDA's wheels beside itself alone, wherever it was put.
 models() {
-    "$python" -P bench/gpu_models.py --library "$work/cmake/plugins/libqwenforge_ort.so" --work "$work" \
+    local libraries
+    libraries=$("$python" -c 'import glob, nvidia; print(":".join(p for n in nvidia.__path__ for p in glob.glob(n + "/*/lib")))')
+    LD_LIBRARY_PATH="$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$python" -P bench/gpu_models.py --library "$work/cmake/plugins/libqwenforge_ort.so" --work "$work" \
         --json "$out/models.json" --limit $((limit - 20)) ${MODEL_OPTIONS:-}
 }
 export -f tests measure sanitized library models

@@ -47,6 +47,10 @@ class StandIn:
             mem_get_info=lambda: (free, free),
         )
 
+    @staticmethod
+    def Generator(device: str) -> torch.Generator:
+        return torch.Generator()
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch, name)
         if not inspect.isbuiltin(found):
@@ -63,6 +67,6 @@ def machine(stand_in: StandIn) -> Machine:
     """A GPU of 4 TB/s and 800 TFLOP/s, on which everything takes a millisecond."""
     made = Machine.__new__(Machine)
     made.torch, made.rounds, made.sm = stand_in, 3, 90
-    made.bandwidth, made.rate = 4e12, 8e14
+    made.bandwidth, made.rate, made.name = 4e12, 8e14, "stand-in"
     made._flush = torch.empty(8)
     return made
