@@ -44,7 +44,7 @@ size_t AttentionOp::workspaceBytes(Contract const& contract, Binding const& bind
     if (shape.pageSize == 0)
     {
         // TensorRT bounds each tensor on its own: a profile may allow more rows of caches than of queries. The workspace
-        // is that of the queries, and checkSizes sees to it that a call has as many of both.
+        // is that of the queries; checkSizes sees to it that a call has as many of both.
         shape.cacheRows = shape.batch;
     }
     return attentionWorkspaceBytes(shape);

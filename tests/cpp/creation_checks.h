@@ -112,9 +112,12 @@ inline void checkWrongFields(Subject const& subject, IPluginCreatorV3One& creato
     {
         if (std::strcmp(spec.attributes[i].name, "page_size") == 0)
         {
-            std::vector<double> numbers = subject.numbers;
-            numbers[static_cast<size_t>(i)] = 24;
-            refused(Fields(spec, numbers), "is 24", spec.attributes[i].name);
+            for (double const number : {8.0, 24.0, 48.0, 4080.0})
+            {
+                std::vector<double> numbers = subject.numbers;
+                numbers[static_cast<size_t>(i)] = number;
+                refused(Fields(spec, numbers), "is no power of two", spec.attributes[i].name);
+            }
         }
     }
 }

@@ -70,7 +70,7 @@ def _checks(finished: subprocess.CompletedProcess[str]) -> list[str]:
 
 def test_every_call_is_answered_as_specified(linked: Path) -> None:
     lines = _checks(subprocess.run([linked, "linked"], capture_output=True, text=True, check=False, timeout=120))
-    assert len(lines) > 440
+    assert len(lines) > 1900
     for needed in ("enqueue computes every element", "no token is no work", "in memory of its own is an error"):
         assert any(needed in line for line in lines)
 
@@ -89,7 +89,7 @@ def test_plugins_pass_through_a_real_registry(library: str, folder: Path) -> Non
         timeout=120,
     )
     lines = _checks(finished)
-    assert len(lines) > 440
+    assert len(lines) > 1900
     for plugin in ("QwenForgeMoE", "QwenForgeAttention"):
         assert f"ok {plugin}: recreated from its own fields" in lines
         assert f"ok {plugin}: version 2 is not found" in lines

@@ -267,7 +267,8 @@ def _set(model: onnx.ModelProto, name: str, value: Any) -> None:
 ATTRIBUTES: dict[str, tuple[Call, str, Any, str]] = {
     "heads of no group": (DECODE, "num_heads", 5, "num_heads is no multiple of num_key_value_heads"),
     "another kind of cache": (DECODE, "cache_type", 3, "cache_type is 3, above 2 (0 as the tokens, 1 FP8 E4M3"),
-    "a page of no power of two": (PAGED, "page_size", 24, "page_size is no power of two from 16 on"),
+    "a page of no multiple of 16": (PAGED, "page_size", 24, "page_size is no power of two from 16 on"),
+    "a page of no power of two": (PAGED, "page_size", 48, "page_size is no power of two from 16 on"),
     "an infinite scale": (DECODE, "scale", float("inf"), "scale is inf, not a number that can be computed with"),
     "an integer for a float": (DECODE, "epsilon", 1, "attribute epsilon is missing, or is no float"),
     "8 bits without scales": (DECODE, "cache_type", 2, "input key_scales is missing, which the attributes ask for"),
