@@ -119,10 +119,10 @@ parts() {
     part moe peers 75 bash -c 'measure peers moe --types bf16 --layers "$layers"'
     part attention attention-times 75 bash -c 'measure attention-times attention --limit $((limit - 10))'
     part models library 40 bash -c library
-    part models models 90 bash -c models
+    part models models 75 bash -c models
     part moe times 45 bash -c 'measure times moe --types int4-128,int8,fp8,int4-64 --layers "$layers"'
     part moe correctness 40 bash -c 'tests "$moe"'
-    part attention attention-correctness 35 bash -c 'tests "$attention"'
+    part attention attention-correctness 50 bash -c 'tests "$attention"'
     part moe memcheck 20 bash -c 'sanitized memcheck -k outside_the_tensors "$moe"'
     part moe racecheck 15 bash -c 'sanitized racecheck -k "outside_the_tensors and (half or 256)" "$moe"'
     part attention attention-memcheck 15 bash -c 'sanitized memcheck -k outside_the_tensors "$attention"'
