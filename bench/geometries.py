@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qwenforge.engine.planning.known_models import CONFIGS
 from qwenforge.errors import UserError
+from qwenforge.exporter.config import ModelConfig
+from qwenforge.exporter.expected_tensors import OUTPUT_HEAD, expected_tensors
 
 EXAMPLE = "python -m qwenforge.bench.geometries 0.5b -o /tmp/qwen2-0.5b --dtype bf16"
 
@@ -32,6 +35,14 @@ _QWEN2 = {
     "eos_token_id": 257,
 }
 _OFFICIAL = _QWEN2 | {"vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1000000.0}
+
+
+def _official(model: str) -> dict[str, Any]:
+    """The config that ships with the package, with the tokens that end a text in the byte tokenizer."""
+    config: dict[str, Any] = json.loads((CONFIGS / f"{model}.json").read_text(encoding="utf-8"))
+    return config | {"bos_token_id": 256, "eos_token_id": 257}
+
+
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "0.5b": _OFFICIAL
     | {
@@ -49,6 +60,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12,
         "num_key_value_heads": 2,
     },
+    "7b": _official("qwen2-7b"),
+    "moe-a2.7b": _official("qwen1.5-moe-a2.7b"),
     "tiny": _QWEN2
     | {
         "vocab_size": 512,
@@ -61,11 +74,26 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-"""config.json by name: Qwen2-0.5B, Qwen2-1.5B, and a tiny one to try the tools out."""
+GEOMETRIES["tiny-moe"] = (
+    _official("qwen1.5-moe-a2.7b")
+    | GEOMETRIES["tiny"]
+    | {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128,
+    }
+)
+"""config.json by name: Qwen2-0.5B, 1.5B and 7B, Qwen1.5-MoE-A2.7B, and tiny ones to try the tools out."""
 
 SEED = 0
 STANDARD_DEVIATION = 0.02
 """Of every weight around 0 (norms: around 1), as transformers initializes these models."""
+
+Draw = Callable[[int, float], Iterator[npt.NDArray[Any]]]
+"""Gives so many numbers around a mean, block by block, in the stored dtype or one to be rounded to it."""
 
 _BLOCK = 1 << 22
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -97,18 +125,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_checkpoint(folder: Path, geometry: str, *, dtype: str = "fp32") -> Path:
+def write_checkpoint(
+    folder: Path, geometry: str, *, dtype: str = "fp32", layers: int | None = None, draw: Draw | None = None
+) -> Path:
     """Write config, weights and a byte tokenizer to ``folder`` unless they are there already; returns ``folder``.
 
     Args:
         folder: the checkpoint's folder.
         geometry: a name in :data:`GEOMETRIES`.
         dtype: of the stored weights: ``fp32``, ``fp16`` or ``bf16``.
+        layers: so many in the place of all.
+        draw: other numbers, from something faster than NumPy.
 
     Raises:
         UserError: the folder cannot be written, or holds a checkpoint of somebody else.
     """
-    config = GEOMETRIES[geometry] | {"torch_dtype": _TORCH_NAMES[dtype]}
+    config = geometry_config(geometry, dtype, layers)
     written = folder / "config.json"
     try:
         if written.is_file() and written.read_text() == _as_text(config):
@@ -117,7 +149,7 @@ def write_checkpoint(folder: Path, geometry: str, *, dtype: str = "fp32") -> Pat
             raise UserError(f"{folder} holds another checkpoint, which would be overwritten; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         written.unlink(missing_ok=True)
-        _write_weights(folder / "model.safetensors", tensor_shapes(config), dtype)
+        _write_weights(folder / "model.safetensors", tensor_shapes(config), dtype, draw or _drawn())
         _write_tokenizer(folder)
         generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": [config["eos_token_id"]]}
         (folder / "generation_config.json").write_text(_as_text(generation))
@@ -127,30 +159,36 @@ def write_checkpoint(folder: Path, geometry: str, *, dtype: str = "fp32") -> Pat
     return folder
 
 
+def geometry_config(geometry: str, dtype: str, layers: int | None = None) -> dict[str, Any]:
+    """The config.json that :func:`write_checkpoint` writes for these arguments."""
+    config = GEOMETRIES[geometry] | {"torch_dtype": _TORCH_NAMES[dtype]}
+    return config if layers is None else config | {"num_hidden_layers": layers}
+
+
 def _is_ours(config: Path) -> bool:
     """Whether :func:`write_checkpoint` wrote this config.json, for whatever geometry and dtype."""
-    texts = (_as_text(known | {"torch_dtype": name}) for known in GEOMETRIES.values() for name in _TORCH_NAMES.values())
-    return config.is_file() and config.read_text(errors="replace") in texts
+    if not config.is_file():
+        return False
+    try:
+        found = json.loads(config.read_text(errors="replace"))
+    except json.JSONDecodeError:
+        return False
+    if not isinstance(found, dict) or found.pop("torch_dtype", None) not in _TORCH_NAMES.values():
+        return False
+    layers = {"num_hidden_layers": found.get("num_hidden_layers")}
+    return any(found == known | layers for known in GEOMETRIES.values())
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a dense Qwen2 checkpoint with tied embeddings."""
-    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    kept = hidden // heads * config["num_key_value_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        for kind, width in (("q", hidden), ("k", kept), ("v", kept)):
-            shapes[f"{at}.self_attn.{kind}_proj.weight"] = (width, hidden)
-            shapes[f"{at}.self_attn.{kind}_proj.bias"] = (width,)
-        shapes[f"{at}.self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes |= {f"{at}.mlp.{kind}_proj.weight": (inner, hidden) for kind in ("gate", "up")}
-        shapes[f"{at}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes |= {f"{at}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-    return shapes | {"model.norm.weight": (hidden,)}
+    """Name -> shape of the tensors that a checkpoint of this config has, under the official names."""
+    parsed = ModelConfig.parse(config, where="a geometry's config.json")
+    shapes = expected_tensors(parsed)
+    if parsed.tie_word_embeddings:
+        del shapes[OUTPUT_HEAD]
+    return shapes
 
 
-def _write_weights(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+def _write_weights(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, draw: Draw) -> None:
     """A .safetensors file: the header's length in 8 bytes, the header in JSON, the tensors' bytes in its order."""
     tag, kind = _STORED[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -160,21 +198,25 @@ def _write_weights(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -
         header[name] = {"dtype": tag, "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    generator = np.random.default_rng(SEED)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name, shape in shapes.items():
-            for block in _blocks(generator, math.prod(shape), mean=1.0 if name.endswith("norm.weight") else 0.0):
-                file.write(block.astype(kind).view(np.uint8).data)
+            for block in draw(math.prod(shape), 1.0 if name.endswith("norm.weight") else 0.0):
+                file.write(block.astype(kind, copy=False).view(np.uint8).data)
 
 
-def _blocks(generator: np.random.Generator, count: int, *, mean: float) -> Iterator[npt.NDArray[np.float32]]:
-    for start in range(0, count, _BLOCK):
-        block = generator.standard_normal(min(_BLOCK, count - start), dtype=np.float32)
-        block *= STANDARD_DEVIATION
-        block += mean
-        yield block
+def _drawn() -> Draw:
+    generator = np.random.default_rng(SEED)
+
+    def blocks(count: int, mean: float) -> Iterator[npt.NDArray[np.float32]]:
+        for start in range(0, count, _BLOCK):
+            block = generator.standard_normal(min(_BLOCK, count - start), dtype=np.float32)
+            block *= STANDARD_DEVIATION
+            block += mean
+            yield block
+
+    return blocks
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -1,8 +1,9 @@
 """Times the plugins' kernels on this machine's GPU beside their peers: ``python -P bench/kernels.py moe --json FILE``.
 
-Needs torch with CUDA and nvcc. Every contender computes the same layer from the router's logits on; they take turns,
-replayed as CUDA graphs with a cold L2; medians with the 10th and 90th percentile, in microseconds. A floor is the
-larger of bytes over the copy bandwidth and operations over the bf16 matrix rate, both measured in the same run. (``-P``
+Needs torch with CUDA and nvcc. Contenders take turns, replayed as CUDA graphs with a cold L2; medians with the 10th and
+90th percentile, in microseconds. A floor is the larger of bytes over the copy bandwidth and operations over the bf16
+matrix rate, both measured in the same run. Experts (``moe``): everybody computes the same layer from the router's
+logits on. Attention (``attention``): torch's only attends, ours also turn the heads and append to the cache. (``-P``
 keeps this folder off Python's path: transformers would take kernels.py for a package of that name.)
 """
 
@@ -10,18 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwenforge.bench.attention_call import Attention
+from qwenforge.bench.attention_layers import CACHES, HEADS, PREFILL_WORKS, Cache, Heads, Work, decode_works
+from qwenforge.bench.attention_report import paths_to_change, targets
+from qwenforge.bench.attention_rows import attention_rows
+from qwenforge.bench.gpu_clock import Contenders, Machine
 from qwenforge.bench.kernel_library import PATHS, Kernels, build
 from qwenforge.bench.moe_layers import (
     KINDS,
@@ -35,86 +38,13 @@ from qwenforge.bench.moe_layers import (
     reference,
 )
 
-_Named = TypeVar("_Named", Kind, Layer)
-FLUSH_BYTES = 256 << 20
+_Named = TypeVar("_Named", Kind, Layer, Cache, Heads)
 ROUNDS = 15
 QUICK_ROUNDS = 5
 TOKENS = (1, 8, 64, 512, 4096)
+WORKS: dict[str, list[Work]] = {"decode": decode_works(), "prefill": PREFILL_WORKS}
 REFERENCE_TOKENS = 8
 """Up to so many tokens the result is compared with fp32 of the unpacked weights."""
-
-
-@dataclass(frozen=True)
-class Time:
-    """Microseconds: median, 10th and 90th percentile."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(times: Sequence[float]) -> Time:
-        """Of single measurements."""
-        ordered = sorted(times)
-        return Time(statistics.median(ordered), ordered[len(ordered) // 10], ordered[len(ordered) * 9 // 10])
-
-
-class Machine:
-    """The GPU: its name, and its copy bandwidth (bytes a second) and bf16 matrix rate (operations a second) today."""
-
-    def __init__(self, torch: Any, rounds: int) -> None:
-        self.torch, self.rounds = torch, rounds
-        self.name = torch.cuda.get_device_name()
-        major, minor = torch.cuda.get_device_capability()
-        self.sm = 10 * major + minor
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        data = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda")
-        copied = self.times({"copy": self.replayable(lambda: data[0].copy_(data[1]))})["copy"]
-        self.bandwidth = data.numel() / (copied.median * 1e-6)
-        square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-        product = torch.empty_like(square)
-        multiply = self.replayable(lambda: torch.matmul(square, square, out=product))
-        multiplied = self.times({"matmul": multiply})["matmul"]
-        self.rate = 2 * 8192**3 / (multiplied.median * 1e-6)
-
-    def times(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Time]:
-        """Every call's time, taken in turns, L2 flushed before each."""
-        measured: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.rounds):
-            for name, call in calls.items():
-                self._flush.zero_()
-                start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                call()
-                end.record()
-                end.synchronize()
-                measured[name].append(start.elapsed_time(end) * 1e3)
-        return {name: Time.of(times) for name, times in measured.items()}
-
-    def replayable(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """The call as a CUDA graph, made after two calls that warm it up.
-
-        Raises:
-            RuntimeError: it does something that cannot be captured, or says so by an attribute ``graph`` that is False.
-        """
-        torch = self.torch
-        if not getattr(call, "graph", True):
-            raise RuntimeError("it waits for the device")
-        before = torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                call()
-        except RuntimeError:
-            torch.cuda.set_stream(before)  # torch stays on the stream of a capture that failed
-            raise
-        return graph.replay  # type: ignore[no-any-return]
 
 
 def moe_rows(
@@ -163,7 +93,8 @@ def _moe_row(
         "bound": bound,
         "table": kernels.moe_path(call.hidden, call.logits, experts, torch.empty_like(call.hidden), call.gates),
     }
-    left_out: dict[str, str] = {}
+    contenders = Contenders()
+    left_out = contenders.left_out
     calls: dict[str, Callable[[], Any]] = {}
     outputs = {}
     for path in PATHS:
@@ -184,16 +115,7 @@ def _moe_row(
             else:
                 calls[name] = peer
     torch.cuda.synchronize()
-    ready: dict[str, Callable[[], Any]] = {}
-    not_replayed: dict[str, str] = {}
-    for name, contender in calls.items():
-        try:
-            ready[name] = machine.replayable(contender)
-        except RuntimeError as error:
-            if name in outputs:
-                left_out[name] = f"cannot be captured in a CUDA graph: {error}"[:300]
-            else:
-                ready[name], not_replayed[name] = contender, str(error)[:300]
+    contenders.capture(machine, calls, outputs)
     once = {path: output.clone() for path, output in outputs.items()}
     if tokens <= REFERENCE_TOKENS:
         expected = reference(torch, layer, experts, call)
@@ -213,10 +135,10 @@ def _moe_row(
             "percent_of_floor": 100 * floor / time.median,
             "tflops": 1e-6 * operations / time.median,
         }
-        for name, time in machine.times(ready).items()
+        for name, time in machine.times(contenders.ready).items()
     }
     row["bits_changed"] = [path for path, output in outputs.items() if not torch.equal(output, once[path])]
-    row["not_replayed"] = not_replayed
+    row["not_replayed"] = contenders.not_replayed
     row["left_out"] = left_out
     return row
 
@@ -236,41 +158,6 @@ def _peers(torch: Any, layer: Layer, call: Any, experts: Any) -> dict[str, Calla
     return found
 
 
-def attention_rows(machine: Machine, kernels: Kernels) -> Iterator[dict[str, Any]]:
-    """Decode with the heads of Qwen2-7B, one row a batch and length."""
-    torch = machine.torch
-    heads, kv_heads, size = 28, 4, 128
-    for batch in (1, 8, 32):
-        for length in (1024, 4096, 32768):
-            cache = (batch, kv_heads, length, size)
-            keys, values = (torch.randn(cache, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-            query = torch.randn(batch, 1, heads * size, dtype=torch.bfloat16, device="cuda")
-            key, value = (torch.randn(batch, 1, kv_heads * size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-            table = torch.ones(length, size // 2, dtype=torch.bfloat16, device="cuda")
-            positions = torch.full((batch, 1), length - 1, dtype=torch.int32, device="cuda")
-            starts = torch.full((batch,), length - 1, dtype=torch.int32, device="cuda")
-            output = torch.empty_like(query)
-            layer = Attention(heads, kv_heads, 1 / math.sqrt(size), table, table, keys, values)
-            ours = kernels.prepared_attention(query, key, value, positions, starts, layer, output)
-
-            def sdpa(query: Any = query, keys: Any = keys, values: Any = values) -> Any:
-                split = query.view(query.shape[0], 1, heads, size).transpose(1, 2)
-                return torch.nn.functional.scaled_dot_product_attention(split, keys, values, enable_gqa=True)
-
-            read, operations = 2.0 * 2 * keys.numel(), 4.0 * batch * heads * length * size
-            floor = 1e6 * max(read / machine.bandwidth, operations / machine.rate)
-            times = machine.times({"qwenforge": machine.replayable(ours), "torch sdpa": machine.replayable(sdpa)})
-            yield {
-                "batch": batch,
-                "length": length,
-                "floor_us": floor,
-                "times": {
-                    name: {"us": asdict(time), "percent_of_floor": 100 * floor / time.median}
-                    for name, time in times.items()
-                },
-            }
-
-
 def kernels_for(torch: Any, library: Path) -> Kernels:
     """The kernels on torch's current CUDA stream, with workspace from torch."""
     return Kernels(
@@ -280,8 +167,8 @@ def kernels_for(torch: Any, library: Path) -> Kernels:
     )
 
 
-def require_gpu(nvcc: str | Path | None) -> Any:
-    """torch, where there is a GPU and a compiler (or what it would make).
+def require_gpu(nvcc: str | Path | None = "") -> Any:
+    """torch, where there is a GPU and, if ``nvcc`` is not None, a compiler or what it would make.
 
     Raises:
         SystemExit: with one sentence on stderr and code 1 where something is missing.
@@ -320,10 +207,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=_named(LAYERS), default=LAYERS, metavar="LAYER,...", help="in this order")
     parser.add_argument("--tokens", type=_numbers, default=TOKENS, metavar="N,...")
     parser.add_argument("--routing", type=_names(ROUTINGS), default=ROUTINGS, metavar="uniform,skewed")
+    parser.add_argument("--heads", type=_named(HEADS), default=HEADS, metavar="MODEL,...", help="of attention")
+    parser.add_argument("--caches", type=_named(CACHES), default=CACHES, metavar="CACHE,...", help="of attention")
+    parser.add_argument("--works", type=_names(list(WORKS)), default=list(WORKS), metavar="decode,prefill")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), metavar="SECONDS", help="attention: leave out rows after so long"
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
     parser.add_argument("--library", type=Path, metavar="FILE", help="the kernels, compiled before")
     add_compiler_options(parser)
     args = parser.parse_args(arguments)
+    deadline = time.monotonic() + args.limit
     torch = require_gpu(args.library or args.nvcc)
     with tempfile.TemporaryDirectory() as folder:
         if args.library is None:
@@ -343,7 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
             rows = moe_rows(machine, kernels, args.layers, args.types, args.tokens, args.routing)
             _collect(report, "moe", rows, args.json)
         if args.part != "moe":
-            _collect(report, "attention", attention_rows(machine, kernels), args.json)
+            works = [work for name in args.works for work in WORKS[name]]
+            found = attention_rows(machine, kernels, args.heads, args.caches, works, deadline=deadline)
+            _collect(report, "attention", found, args.json)
+            for line in [*paths_to_change(report["attention"]), *targets(report["attention"])]:
+                print(line)
     return 0
 
 

@@ -107,12 +107,12 @@ def measure(
                 if counted > 0:
                     samples[index].append(cast("list[float]", result["times"]))
         return [
-            _summary(description, times, workload, peak)
+            summary(description, times, workload, peak)
             for description, times, peak in zip(workers.descriptions, samples, memory, strict=True)
         ]
 
 
-def _summary(description: str, runs: list[list[float]], workload: Workload, peak: int) -> Measurement:
+def summary(description: str, runs: list[list[float]], workload: Workload, peak: int) -> Measurement:
     times: npt.NDArray[np.float64] = np.array(runs) * 1e3
     steps = np.diff(times, axis=1)
     first, decode = steps[:, 0], steps[:, 1:]

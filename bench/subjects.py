@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from qwenforge.bench.gpu_subjects import TransformersOnGpu
 from qwenforge.errors import UserError
 from qwenforge.exporter.cache_argument import cache_argument
 
@@ -88,5 +89,9 @@ class TransformersSubject:
         return times
 
 
-SUBJECTS: dict[str, Callable[..., Subject]] = {"qwenforge": QwenforgeSubject, "transformers": TransformersSubject}
+SUBJECTS: dict[str, Callable[..., Subject]] = {
+    "qwenforge": QwenforgeSubject,
+    "transformers": TransformersSubject,
+    "transformers-gpu": TransformersOnGpu,
+}
 """Subjects by name; the arguments of each are in its constructor."""

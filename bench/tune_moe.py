@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenforge.bench.gpu_clock import Machine
 from qwenforge.bench.kernel_library import PLUGINS, build
-from qwenforge.bench.kernels import QUICK_ROUNDS, Machine, add_compiler_options, kernels_for, moe_rows, require_gpu
+from qwenforge.bench.kernels import QUICK_ROUNDS, add_compiler_options, kernels_for, moe_rows, require_gpu
 from qwenforge.bench.moe_layers import KINDS, LAYERS, ROUTINGS
 
 TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)

@@ -23,7 +23,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("geometry", "parameters"),
-    [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("tiny", 107_072)],
+    [
+        ("0.5b", 494_032_768),
+        ("1.5b", 1_543_714_304),
+        ("7b", 7_615_616_512),
+        ("moe-a2.7b", 14_315_784_192),
+        ("tiny", 107_072),
+    ],
 )
 def test_parameters_are_those_of_the_official_model(geometry: str, parameters: int) -> None:
     shapes = tensor_shapes(GEOMETRIES[geometry])

@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from qwenforge.bench.kernels import Machine, moe_rows
+from qwenforge.bench.kernels import moe_rows
 from qwenforge.bench.moe_layers import KINDS, ROUTINGS, Kind, Layer
 from support import emulated_kernels, simt
 from support.gpu_script import summary
+from support.torch_stand_in import StandIn, machine
 
 WHY = simt.why_missing() or ("without a GPU" if simt.ON_GPU else "")
 pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "-")
 
 LAYERS = (Layer("plain", 64, 128, 5, 3, 0, normalize=True), Layer("shared", 128, 64, 6, 2, 2))
-
-
-class Event:
-    """The next event is a millisecond later."""
-
-    now = 0.0
-
-    def record(self) -> None:
-        Event.now += 1.0
-        self.at = Event.now
-
-    def synchronize(self) -> None:
-        """Everything has happened."""
-
-    def elapsed_time(self, end: Event) -> float:
-        return end.at - self.at
-
-
-class StandIn:
-    """torch, whose ``device="cuda"`` is the CPU."""
-
-    def __init__(self, capture: Callable[[Any], Any] = contextlib.nullcontext) -> None:
-        stream = SimpleNamespace(wait_stream=lambda _: None)
-        self.cuda = SimpleNamespace(
-            Event=lambda enable_timing: Event(),
-            Stream=lambda: stream,
-            CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
-            current_stream=lambda: stream,
-            set_stream=lambda _: None,
-            stream=contextlib.nullcontext,
-            graph=capture,
-            synchronize=lambda: None,
-            empty_cache=lambda: None,
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(torch, name)
-        if not inspect.isbuiltin(found):
-            return found
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            options.pop("device", None)
-            return found(*arguments, **options)
-
-        return call
-
-
-def _machine(stand_in: StandIn) -> Machine:
-    machine = Machine.__new__(Machine)
-    machine.torch, machine.rounds, machine.sm = stand_in, 3, 90
-    machine.bandwidth, machine.rate = 4e12, 8e14
-    machine._flush = torch.empty(8)
-    return machine
 
 
 @pytest.mark.parametrize(
@@ -84,7 +29,7 @@ def test_rows_have_every_path_and_peer_or_the_reason(
     layer: Layer, kinds: Sequence[Kind], tokens: Sequence[int], routings: Sequence[str]
 ) -> None:
     torch.manual_seed(1)
-    rows = list(moe_rows(_machine(StandIn()), emulated_kernels.kernels(), [layer], kinds, tokens, routings))
+    rows = list(moe_rows(machine(StandIn()), emulated_kernels.kernels(), [layer], kinds, tokens, routings))
     assert len(rows) == len(kinds) * len(tokens) * len(routings)
     for row in rows:
         assert {"eight", "sixteen", "wide"} <= row["times"].keys() and row["bits_changed"] == []
@@ -105,7 +50,7 @@ def test_what_cannot_be_captured_is_left_out_or_called_instead() -> None:
     def refuse(graph: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    (row,) = moe_rows(_machine(StandIn(refuse)), emulated_kernels.kernels(), LAYERS[:1], KINDS[:1], (2,), ("skewed",))
+    (row,) = moe_rows(machine(StandIn(refuse)), emulated_kernels.kernels(), LAYERS[:1], KINDS[:1], (2,), ("skewed",))
     assert {"eight", "sixteen", "wide"}.isdisjoint(row["times"])
     assert row["left_out"]["wide"].startswith("cannot be captured in a CUDA graph: operation not permitted")
     assert "torch grouped_mm" in row["times"] and "capturing" in row["not_replayed"]["torch grouped_mm"]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from qwenforge.bench.gpu_clock import Time
 from qwenforge.bench.kernel_library import Experts
-from qwenforge.bench.kernels import Time, main
+from qwenforge.bench.kernels import main
 from qwenforge.bench.moe_layers import KINDS, LAYERS, Call, Layer, floor_us, reference, unpacked
 from qwenforge.plugins.moe.packing import interleave, pack_float8, pack_int4, pack_int8, unpack_int4, unpack_int8
 from support.source_tree import ROOT

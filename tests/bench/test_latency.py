@@ -28,7 +28,7 @@ def test_percentiles_are_those_of_all_steps_of_all_runs() -> None:
     generator = np.random.default_rng(3)
     steps = generator.lognormal(3, 0.7, (5, 63))
     runs = [times_of(50.0 + run, row.tolist(), start=run * 1000.0) for run, row in enumerate(steps)]
-    found = latency._summary("x", runs, Workload(new_tokens=64), peak=7)
+    found = latency.summary("x", runs, Workload(new_tokens=64), peak=7)
     assert list(found.itl_ms) == ["p50", "p90", "p99"]
     expected = np.percentile(steps.ravel(), [50, 90, 99])
     assert list(found.itl_ms.values()) == pytest.approx(expected.tolist(), rel=PARTS_PER_BILLION)
@@ -37,13 +37,13 @@ def test_percentiles_are_those_of_all_steps_of_all_runs() -> None:
 
 
 def test_percentiles_of_one_to_a_hundred_milliseconds() -> None:
-    found = latency._summary("x", [times_of(1.0, [float(n) for n in range(1, 101)])], Workload(), peak=0)
+    found = latency.summary("x", [times_of(1.0, [float(n) for n in range(1, 101)])], Workload(), peak=0)
     assert found.itl_ms == pytest.approx({"p50": 50.5, "p90": 90.1, "p99": 99.01}, rel=PARTS_PER_BILLION)
 
 
 def test_first_token_and_decoding_are_apart() -> None:
     runs = [times_of(500.0, [10.0] * 4), times_of(400.0, [20.0] * 4), times_of(900.0, [40.0] * 4)]
-    found = latency._summary("x", runs, Workload(batch=3), peak=0)
+    found = latency.summary("x", runs, Workload(batch=3), peak=0)
     assert vars(found.ttft_ms) == pytest.approx({"median": 500.0, "low": 400.0, "high": 900.0})
     # Three prompts get a token each at every step.
     assert vars(found.tokens_per_second) == pytest.approx({"median": 150.0, "low": 75.0, "high": 300.0})

@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qwenforge.bench import attention_report, gpu_model_table
+
 OURS = ("eight", "sixteen", "wide", "grouped")
-TESTS = ("first", "correctness", "memcheck", "racecheck")
+TESTS = tuple(
+    prefix + name for prefix in ("", "attention-") for name in ("first", "correctness", "memcheck", "racecheck")
+)
 NO_SANITIZER = 3
 """Exit code of a part that could not run because compute-sanitizer does not work on this machine."""
 LARGEST_DIFFERENCE = 0.05
@@ -20,7 +24,7 @@ for bf16 and FP8, and far below what a wrong index does."""
 
 
 def main(folder: Path) -> int:
-    """Write report.json and print the best path of every row beside the best peer."""
+    """Write report.json and print the best path of every row beside the best peer, and models beside theirs."""
     report: dict[str, Any] = {
         "commit": commit(),
         "gpu": (folder / "gpu.txt").read_text(encoding="utf-8").strip(),
@@ -33,12 +37,22 @@ def main(folder: Path) -> int:
     rows = [row for name in ("peers", "times") for row in report.get(name, {}).get("moe", [])]
     for row in rows:
         print(summary_line(row))
+    attention = report.get("attention-times", {}).get("attention", [])
+    for row in attention:
+        print(attention_report.line(row))
+    for line in [*attention_report.paths_to_change(attention), *attention_report.targets(attention)]:
+        print(line)
+    models = report.get("models", {}).get("models", [])
+    for line in gpu_model_table.table(models):
+        print(line)
     for name, one in report["parts"].items():
-        print(f"{name:<12} exit {one['exit_code']:>3}  {one['seconds']:>4} s  {one['last_line']}")
+        print(f"{name:<21} exit {one['exit_code']:>3}  {one['seconds']:>4} s  {one['last_line']}")
     codes = {name: one["exit_code"] for name, one in report["parts"].items()}
-    failed = [name for name in TESTS if codes.get(name, 1) not in (0, NO_SANITIZER)]
-    timed = any(row.get("times") for row in rows)
-    return int(bool(failed) or not timed or any(wrong(row) for row in rows))
+    planned = (folder / "planned.txt").read_text(encoding="utf-8").split()
+    failed = [name for name in TESTS if name in planned and codes.get(name, 1) not in (0, NO_SANITIZER)]
+    timed = any(row.get("times") for row in [*rows, *attention]) or any("itl_ms" in row for row in models)
+    mistaken = any(map(wrong, rows)) or any(map(attention_report.wrong, attention))
+    return int(bool(failed) or not timed or mistaken)
 
 
 def commit() -> str:
