@@ -61,7 +61,8 @@ struct Partials
 // of the keys that any of them sees the split-th part, a multiple of what the four warps take at a time. Warp w takes
 // every fourth stage of them, through a ring of its own, so that no warp waits for another one before the end.
 //
-// What the warps have summed up is then put together in the order of the warps, two channels a thread at a time.
+// What the warps have summed up is then put together in the order of the warps, two channels a thread at a time. Where the
+// rows are short for their capacity most parts are empty: such a block says so and does nothing else.
 template <CacheType kType, typename T, int32_t kHead>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     attendSplit(Call<kType, T> call, int32_t tiles, int32_t splits, Partials partials)
@@ -77,8 +78,6 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     auto const head = static_cast<int32_t>(part / splits / tiles % call.keyValueHeads);
     int64_t const batchRow = part / splits / tiles / call.keyValueHeads;
     int64_t const rows = call.sequence * call.group;
-    loadQueries<L, kSplitRows, kSplitThreads>(call, batchRow, head, firstRow, rows, memory.queries);
-
     Sight<L> const sight(call, batchRow, firstRow, rows);
     constexpr int32_t kRound = kSplitWarps * L::kKeys;
     int32_t const seen = sight.someLast + 1 - sight.someFirst; // 0 where nothing is seen
@@ -89,6 +88,16 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     int64_t const to = from + keys <= sight.someLast ? from + keys : sight.someLast + 1;
     auto const end = static_cast<int32_t>(from < to ? to : 0);
     auto const first = static_cast<int32_t>(from < to ? from : 0) + warp * L::kKeys;
+    if (end == 0 && partials.values != nullptr) // the same for the whole block
+    {
+        if (thread < kSplitRows)
+        {
+            partials.maximum[part * kSplitRows + thread] = -INFINITY;
+            partials.weight[part * kSplitRows + thread] = 0.0f;
+        }
+        return;
+    }
+    loadQueries<L, kSplitRows, kSplitThreads>(call, batchRow, head, firstRow, rows, memory.queries);
     Sums<L> sums;
     attendKeys<L, kSplitStages, kWarpSize>(call, Keys{batchRow, head, first, kRound, end}, sight, memory.queries,
         &memory.rings[warp][0][0], sums);
