@@ -17,7 +17,8 @@ WHY = simt.why_missing() or ("bugs are planted in the emulator" if simt.ON_GPU e
 pytestmark = pytest.mark.skipif(bool(WHY), reason=WHY or "-")
 
 APPEND, CACHE, PLAIN = "attention/append.cuh", "attention/cache.cuh", "attention/plain.cuh"
-TILES, SPLIT, TILED = "attention/tiles.cuh", "attention/split.cuh", "attention/tiled.cuh"
+TILING, PRODUCTS, TILES = "attention/tiling.cuh", "attention/products.cuh", "attention/tiles.cuh"
+SPLIT, TILED = "attention/split.cuh", "attention/tiled.cuh"
 SPLIT_LAUNCH, LAUNCH = "attention/split.cu", "attention/attention.cu"
 
 CALLS = {
@@ -133,44 +134,49 @@ BUGS = {
         "    waitForCopies<0>();\n}\n\n// The first",
     ),
     "key behind the last is read": ("split", TILES, "page = key < keys.end ?", "page = key <= keys.end ?"),
-    "a token does not see itself": ("split", TILES, "behind >= 0 && behind < window", "behind > 0 && behind < window"),
+    "a token does not see itself": ("split", TILING, "behind >= 0 && behind < window", "behind > 0 && behind < window"),
     "window ends too early": (
         "tiled, window",
-        TILES,
+        TILING,
         "behind >= 0 && behind < window",
         "behind >= 0 && behind + 1 < window",
     ),
-    "mask left out too early": ("tiled", TILES, "key + count - 1 <= allLast", "key <= allLast"),
-    "mask left out where a window begins": ("tiled, window", TILES, "return key >= allFirst && key", "return key"),
-    "seen keys skipped": ("tiled, window", TILES, "key + count > someFirst", "key > someFirst"),
-    "sum not rescaled": ("long rows", TILES, "            sums.values[tile][n][2 * half + 1] *= kept;\n", ""),
-    "weights not rescaled": ("long rows", TILES, "sums.weight[tile][half] * kept;", "sums.weight[tile][half];"),
+    "mask left out too early": ("tiled", TILING, "key + count - 1 <= allLast", "key <= allLast"),
+    "mask left out where a window begins": ("tiled, window", TILING, "return key >= allFirst && key", "return key"),
+    "seen keys skipped": ("tiled, window", TILING, "key + count > someFirst", "key > someFirst"),
+    "sum not rescaled": ("long rows", PRODUCTS, "            sums.values[tile][n][2 * half + 1] *= kept;\n", ""),
+    "weights not rescaled": ("long rows", PRODUCTS, "sums.weight[tile][half] * kept;", "sums.weight[tile][half];"),
     "maximum of half of the keys": (
         "split",
-        TILES,
+        PRODUCTS,
         "__shfl_xor_sync(kAllLanes, maximum, 2)",
         "__shfl_xor_sync(kAllLanes, maximum, 1)",
     ),
-    "weights of half of the keys": ("split", TILES, "sum += __shfl_xor_sync(kAllLanes, sum, 2);", ""),
-    "second chunk of queries twice": ("split", TILES, "lane % 16, 2 * step + lane / 16)", "lane % 16, 2 * step + 1)"),
-    "keys of the next eight": ("split, wide", TILES, "8 * n + lane / 16 * 8 + lane % 8", "8 * n + lane % 8"),
+    "weights of half of the keys": ("split", TILING, "sum += __shfl_xor_sync(kAllLanes, sum, 2);", ""),
+    "second chunk of queries twice": (
+        "split",
+        PRODUCTS,
+        "lane % 16, 2 * step + lane / 16)",
+        "lane % 16, 2 * step + 1)",
+    ),
+    "keys of the next eight": ("split, wide", PRODUCTS, "8 * n + lane / 16 * 8 + lane % 8", "8 * n + lane % 8"),
     "values of other channels": (
         "tiled",
-        TILES,
+        PRODUCTS,
         "2 * n + lane / 16, /*isValue=*/true",
         "2 * n + lane / 8 % 2, /*isValue=*/true",
     ),
-    "values of one key twice": ("int8", TILES, "(index + 4u) * 0x1100u", "index * 0x1100u"),
+    "values of one key twice": ("int8", PRODUCTS, "(index + 4u) * 0x1100u", "index * 0x1100u"),
     "8-bit values as if they were wide": (
         "int8",
-        TILES,
+        TILING,
         "n / 8 * 64 + 8 * column + n % 8 : 8 * n + column",
         "8 * n + column : 8 * n + column",
     ),
-    "8-bit keys of another step": ("fp8", TILES, "+ step % 2 * 8);", "+ 0);"),
-    "bias of INT8": ("int8", TILES, "(pair & 0x00ff00ffu) ^ 0x64806480u", "(pair & 0x00ff00ffu) ^ 0x64006400u"),
-    "NaN of others kept": ("later NaN", TILES, "if (!seenByAll)", "if (false)"),
-    "NaN of its own lost": ("later NaN", TILES, "sum = counts[j] > 0.0f ? NAN : sum;", "sum = sum;"),
+    "8-bit keys of another step": ("fp8", PRODUCTS, "+ step % 2 * 8);", "+ 0);"),
+    "bias of INT8": ("int8", PRODUCTS, "(pair & 0x00ff00ffu) ^ 0x64806480u", "(pair & 0x00ff00ffu) ^ 0x64006400u"),
+    "NaN of others kept": ("later NaN", PRODUCTS, "if (!seenByAll)", "if (false)"),
+    "NaN of its own lost": ("later NaN", PRODUCTS, "sum = counts[j] > 0.0f ? NAN : sum;", "sum = sum;"),
     "row of another head": (
         "tiled",
         TILES,
