@@ -152,13 +152,13 @@ def run_export(checkpoint: Path, bundle: Path, options: Sequence[str]) -> Export
     if process.returncode:
         raise UserError(f"the export of {checkpoint} failed with exit code {process.returncode}; see its message above")
     report = json.loads(output)
-    # The maximum that the system keeps starts from ours at the fork; ours is far below any export's.
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # The maximum that the system keeps starts from ours at the fork: it counts only where there is nothing else.
+    kept = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return ExportRun(
         wall_seconds=end - start,
         stage_seconds=report["seconds"],
         # The kernel counts by thread and adds up now and then: its own maximum can lag behind a sample.
-        peak_rss_bytes=max(peak, watch.peak_bytes, *(size for _, size in watch.samples)),
+        peak_rss_bytes=max((watch.peak_bytes, *(size for _, size in watch.samples))) or kept,
         stage_peak_rss_bytes=_peaks(watch.samples, report["seconds"], end),
         report={name: value for name, value in report.items() if name not in ("bundle", "seconds", "rules")},
     )

@@ -244,6 +244,13 @@ def _is_caught(case: str, **options: Any) -> bool:
     return False
 
 
+def test_report_of_a_divergent_collective_says_who_waits(tmp_path: Path) -> None:
+    case, file, old, new = BUGS["shuffle in divergent code"]
+    words = r"deadlock: \d+ threads wait at a barrier, \d+ in a collective of their warp, 0 are done"
+    with pytest.raises(simt.KernelError, match=words):
+        _probe(case, sources=simt.changed_sources(tmp_path, file, old, new))
+
+
 @pytest.mark.parametrize("case", [*CALLS, *PROBES])
 def test_right_kernels_are_not_accused(case: str) -> None:
     for schedule in (0, 2, 3, 4):

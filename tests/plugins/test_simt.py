@@ -281,10 +281,6 @@ def test_right_kernels_are_not_accused(case: str) -> None:
             "barrier that not all threads reach",
             r"deadlock: 8 threads wait at a barrier, 248 in a collective of their warp, 0 are done",
         ),
-        (
-            "shuffle in divergent code of the router",
-            r"deadlock: \d+ threads wait at a barrier, \d+ in a collective of their warp, 0 are done",
-        ),
         ("rows behind the matrix are read", "AddressSanitizer: heap-"),
         ("positions behind the tile are written", "AddressSanitizer: heap-"),
     ],
