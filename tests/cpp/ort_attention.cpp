@@ -5,9 +5,7 @@
 #include "attention_spec.h"
 #include "onnxruntime/kernel.h"
 #include "onnxruntime/shape_inference.h"
-#include "ort_runtime.h"
-
-#include <cstdio>
+#include "ort_checks.h"
 
 using namespace qwenforge;
 
@@ -23,18 +21,8 @@ constexpr auto kInt32 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr auto kNone = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 
-int gWrong = 0;
 int gLaunches = 0;
 alignas(16) char gData[3][16]; // of inputs and the output, and the two caches
-
-void expect(bool holds, char const* what, int call = -1)
-{
-    if (!holds)
-    {
-        std::printf("%s (call %d)\n", what, call);
-        ++gWrong;
-    }
-}
 
 struct Op
 {
@@ -89,23 +77,6 @@ OrtKernelContext call()
     context.inputs[Input::kPastValue].data = gData[2];
     context.outputs = {{{}, gData[0]}, {{}, gData[1]}, {{}, gData[2]}};
     return context;
-}
-
-std::string textOf(OrtApi const& api, OrtStatus* status)
-{
-    std::string const text = status == nullptr ? "" : status->text;
-    if (status != nullptr)
-    {
-        api.ReleaseStatus(status);
-    }
-    return text;
-}
-
-void expectNothingLeft(int call)
-{
-    fake::State const& state = fake::state;
-    expect(state.statuses == 0 && state.infos == 0 && state.allocators == 0 && state.buffers == 0,
-        "everything is given back", call);
 }
 
 std::string run(OrtApi const& api, OrtKernelContext context, int failing = -1)

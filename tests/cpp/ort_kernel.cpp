@@ -3,9 +3,7 @@
 
 #include "moe_spec.h"
 #include "onnxruntime/kernel.h"
-#include "ort_runtime.h"
-
-#include <cstdio>
+#include "ort_checks.h"
 
 using namespace qwenforge;
 
@@ -17,19 +15,9 @@ constexpr int64_t kHidden = 64;
 constexpr int64_t kExperts = 4;
 constexpr size_t kWorkspace = 1000;
 
-int gWrong = 0;
 int gLaunches = 0;
 cudaError_t gResult = cudaSuccess;
 cudaStream_t gStream = nullptr;
-
-void expect(bool holds, char const* what, int call = -1)
-{
-    if (!holds)
-    {
-        std::printf("%s (call %d)\n", what, call);
-        ++gWrong;
-    }
-}
 
 size_t workspaceBytes(Contract const&, Binding const&) noexcept
 {
@@ -75,24 +63,6 @@ OrtKernelContext call(void* stream, int64_t tokens = kTokens)
     context.inputs[0].info.shape = {tokens, kHidden};
     context.inputs[1].info.shape = {tokens, kExperts};
     return context;
-}
-
-// The error's text, which is given back.
-std::string textOf(OrtApi const& api, OrtStatus* status)
-{
-    std::string const text = status == nullptr ? "" : status->text;
-    if (status != nullptr)
-    {
-        api.ReleaseStatus(status);
-    }
-    return text;
-}
-
-void expectNothingLeft(int call)
-{
-    fake::State const& state = fake::state;
-    expect(state.statuses == 0 && state.infos == 0 && state.allocators == 0 && state.buffers == 0,
-        "everything is given back", call);
 }
 
 // One node made and called, `failing` the runtime's call that fails. Returns the first error.

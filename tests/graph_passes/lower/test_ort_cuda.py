@@ -15,19 +15,17 @@ from qwenforge import names, op_spec, ort_cuda_choice
 from qwenforge.graph_passes.lower import lower
 from qwenforge.graph_passes.lower.ort_cuda_kernels import HOST_OPERATORS, KERNELS, without_kernel
 from qwenforge.graph_passes.lower.ort_cuda_ops import FoldHeadNorms
-from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
 from qwenforge.graph_passes.pipeline import optimize
 from qwenforge.tensorrt_choice import Operator
-from support.cached_decoder import CachedDecoder, random_tokens
 from support.checkpoints import Kind
 from support.exported_models import DENSE, MIXED, SPARSE, exported
 from support.foreign_graphs import ForeignGraph, foreign_model
+from support.lowered_answers import answers
 from support.portable_models import portable_model, random_model
 from support.small_graphs import Array, apply_rule, ops
 from support.tolerances import FLOAT32_MODEL
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-CAPACITY = 16
 WAYS: list[tuple[Operator, Operator]] = [("native", "plugin"), ("plugin", "plugin"), ("native", "native")]
 """Who computes attention and experts."""
 
@@ -56,19 +54,7 @@ def _lowered(model: ir.Model, attention: Operator = "plugin", experts: Operator 
 def _portable(name: str) -> tuple[ir.Model, tuple[Array, Array]]:
     kind, config = GEOMETRIES[name]
     model = portable_model(random_model(kind, seed=2, **config))
-    return model, _answers(model)
-
-
-def _answers(model: ir.Model) -> tuple[Array, Array]:
-    """Right-padded rows and decode at different positions; one row in chunks, into the last place of the cache."""
-    model = model.clone()
-    expand_target_nodes(model)
-    decoder = CachedDecoder(model, batch=3, capacity=CAPACITY)
-    rows = [random_tokens(count, seed=count) for count in (9, 4, 1)]
-    first = [*decoder.step(rows, pad=5), *decoder.step([[7], [8], [9]])]
-    alone, tokens = CachedDecoder(model, capacity=CAPACITY), random_tokens(CAPACITY, seed=1)
-    parts = [tokens[:6], tokens[6:11], tokens[11:15], tokens[15:]]
-    return np.concatenate(first), np.concatenate([logits for part in parts for logits in alone.step([part])])
+    return model, answers(model)
 
 
 @pytest.mark.parametrize(("attention", "experts"), WAYS)
@@ -77,7 +63,7 @@ def test_lowered_model_answers_as_the_portable_one(name: str, attention: Operato
     model, expected = _portable(name)
     lowered = _lowered(model.clone(), attention, experts)
     assert not lowered.functions
-    for found, wanted in zip(_answers(lowered), expected, strict=True):
+    for found, wanted in zip(answers(lowered), expected, strict=True):
         assert np.abs(found - wanted).max() < FLOAT32_MODEL
 
 

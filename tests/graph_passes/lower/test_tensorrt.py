@@ -12,15 +12,13 @@ import pytest
 
 from qwenforge import names, op_spec
 from qwenforge.graph_passes.lower import lower
-from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
-from support.cached_decoder import CachedDecoder, random_tokens
 from support.checkpoints import Kind
+from support.lowered_answers import CAPACITY, answers
 from support.portable_models import portable_model, random_model
 from support.small_graphs import Array, ops, relative_error
 from support.tensorrt_choices import LOWERINGS, lowering
 from support.tolerances import FLOAT32_MODEL
 
-CAPACITY = 16
 HALF_BOUND = 2e-2
 """Two fp16 models of two layers against each other, relative: each is within 1 % of the fp32 one."""
 
@@ -56,19 +54,7 @@ def _portable(name: str, dtype: ir.DataType) -> tuple[ir.Model, tuple[Array, Arr
     """The portable model, and what it answers."""
     kind, config = GEOMETRIES[name]
     model = portable_model(random_model(kind, rounded_to=dtype.numpy().name, seed=2, **config), dtype=dtype)
-    return model, _answers(model)
-
-
-def _answers(model: ir.Model) -> tuple[Array, Array]:
-    """Right-padded rows and decode at different positions; one row in chunks, into the last place of the cache."""
-    model = model.clone()
-    expand_target_nodes(model)
-    decoder = CachedDecoder(model, batch=3, capacity=CAPACITY)
-    rows = [random_tokens(count, seed=count) for count in (9, 4, 1)]
-    first = [*decoder.step(rows, pad=5), *decoder.step([[7], [8], [9]])]
-    alone, tokens = CachedDecoder(model, capacity=CAPACITY), random_tokens(CAPACITY, seed=1)
-    parts = [tokens[:6], tokens[6:11], tokens[11:15], tokens[15:]]
-    return np.concatenate(first), np.concatenate([logits for part in parts for logits in alone.step([part])])
+    return model, answers(model)
 
 
 @pytest.mark.parametrize("how", LOWERINGS)
@@ -77,7 +63,7 @@ def test_lowered_model_answers_as_the_portable_one(name: str, how: str) -> None:
     model, expected = _portable(name, ir.DataType.FLOAT)
     lowered = lower(model.clone(), lowering(how).target, choice=lowering(how), capacity=CAPACITY)
     assert {node.op_type for node in lowered.graph if node.domain == names.DOMAIN} <= _PLUGINS
-    for found, wanted in zip(_answers(lowered), expected, strict=True):
+    for found, wanted in zip(answers(lowered), expected, strict=True):
         assert np.abs(found - wanted).max() < FLOAT32_MODEL
 
 
@@ -86,7 +72,7 @@ def test_lowered_model_answers_as_the_portable_one(name: str, how: str) -> None:
 def test_lowered_model_in_half_precision_is_near_the_portable_one(name: str, how: str) -> None:
     model, expected = _portable(name, ir.DataType.FLOAT16)
     lowered = lower(model.clone(), lowering(how).target, choice=lowering(how), capacity=CAPACITY)
-    for found, wanted in zip(_answers(lowered), expected, strict=True):
+    for found, wanted in zip(answers(lowered), expected, strict=True):
         assert relative_error(found, wanted) < HALF_BOUND
 
 
