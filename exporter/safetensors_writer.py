@@ -17,7 +17,7 @@ from qwenforge.exporter.data_writer import Progress
 from qwenforge.exporter.external_data import WrittenFile
 from qwenforge.exporter.weights import chunks, dims
 
-_NAMES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}
+_NAMES = {ir.DataType.FLOAT: "F32", ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16", ir.DataType.INT8: "I8"}
 _ALIGNMENT = 4096
 """Of the first tensor, so that the file can be mapped and read in whole pages."""
 

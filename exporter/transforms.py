@@ -162,6 +162,104 @@ class Cast(Transform):
         return cast_array(sources[0], self.to)
 
 
+@dataclass(frozen=True)
+class RowWise(Transform):
+    """A computation of each row from the same rows of its sources, so that it streams in blocks of axis 0.
+
+    A source whose axis 0 is 1 where the result's is not belongs to every row.
+    """
+
+
+@dataclass(frozen=True)
+class Multiply(RowWise):
+    """Two float32 sources multiplied, the second one broadcast over the first."""
+
+    def shape(self, sources: Sequence[Dims]) -> Dims:
+        first, second = sources
+        if len(first) != len(second) or any(b not in (1, a) for a, b in zip(first, second, strict=True)):
+            raise ValueError(f"cannot multiply {list(first)} by {list(second)}")
+        return first
+
+    def apply(self, sources: Sequence[Array]) -> Array:
+        product: Array = sources[0] * sources[1]
+        return product
+
+
+@dataclass(frozen=True)
+class Quantize(RowWise):
+    """float32 [..., N, K] and scales [..., N, G], and zero points if there are three sources, to codes [..., N, K].
+
+    code = saturate(round_half_to_even(value / scale) + zero_point), of FP8 saturate(value / scale) rounded by its cast.
+    """
+
+    to: ir.DataType
+    group_size: int
+
+    def shape(self, sources: Sequence[Dims]) -> Dims:
+        return _grouped_shape(sources, self.group_size)
+
+    def dtype(self, sources: Sequence[ir.DataType]) -> ir.DataType:
+        return self.to
+
+    def apply(self, sources: Sequence[Array]) -> Array:
+        weight, scales, *points = sources
+        if not np.isfinite(weight).all():
+            raise ValueError("a value that is not finite")
+        scaled = weight / spread_groups(scales, self.group_size, weight.shape[-1])
+        low, high = CODE_RANGES[self.to]
+        if self.to != ir.DataType.FLOAT8E4M3FN:
+            scaled = np.rint(scaled)
+            if points:
+                scaled += spread_groups(points[0].astype(np.float32), self.group_size, weight.shape[-1])
+        codes: Array = np.clip(scaled, low, high).astype(self.to.numpy())
+        return codes
+
+
+@dataclass(frozen=True)
+class Dequantize(RowWise):
+    """Codes [..., N, K] and scales [..., N, G], and zero points if there are three sources, to float32 [..., N, K]."""
+
+    group_size: int
+
+    def shape(self, sources: Sequence[Dims]) -> Dims:
+        return _grouped_shape(sources, self.group_size)
+
+    def dtype(self, sources: Sequence[ir.DataType]) -> ir.DataType:
+        return ir.DataType.FLOAT
+
+    def apply(self, sources: Sequence[Array]) -> Array:
+        codes, scales, *points = sources
+        values = codes.astype(np.float32)
+        if points:
+            values -= spread_groups(points[0].astype(np.float32), self.group_size, codes.shape[-1])
+        values *= spread_groups(scales, self.group_size, codes.shape[-1])
+        return values
+
+
+CODE_RANGES = {
+    ir.DataType.INT8: (-127, 127),
+    ir.DataType.INT4: (-8, 7),
+    ir.DataType.UINT4: (0, 15),
+    ir.DataType.FLOAT8E4M3FN: (-448, 448),
+}
+"""The numbers that codes use, by dtype; INT8 leaves out -128 to be symmetric."""
+
+
+def spread_groups(groups: Array, group_size: int, columns: int) -> Array:
+    """[..., G] repeated to [..., columns]; a view where one group is the whole row."""
+    if groups.shape[-1] == 1:
+        return groups
+    return np.repeat(groups, group_size, axis=-1)[..., :columns]
+
+
+def _grouped_shape(sources: Sequence[Dims], group_size: int) -> Dims:
+    first, *grouped = sources
+    expected = (*first[:-1], -(-first[-1] // group_size))
+    if any(source != expected for source in grouped):
+        raise ValueError(f"scales {[list(source) for source in grouped]} are not {list(expected)}")
+    return first
+
+
 def cast_array(array: Array, to: ir.DataType) -> Array:
     """``array`` as dtype ``to``; raises OverflowError when a finite value becomes infinite."""
     target = to.numpy()

@@ -25,7 +25,9 @@ from qwenforge.exporter.transforms import (
     Concat,
     Dims,
     Interleave,
+    Multiply,
     Reshape,
+    RowWise,
     Slice,
     Stack,
     Transform,
@@ -226,6 +228,11 @@ def cast(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
     return DerivedTensor(Cast(dtype), [tensor])
 
 
+def multiply(tensor: ir.TensorProtocol, factors: ir.TensorProtocol) -> ir.TensorProtocol:
+    """``tensor`` times ``factors`` broadcast over it, of the same rank, computed and given in float32."""
+    return DerivedTensor(Multiply(), [cast(tensor, ir.DataType.FLOAT), cast(factors, ir.DataType.FLOAT)])
+
+
 def leaves(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
     """The tensors a plan reads, in order, repeats included; a plain tensor is its own leaf."""
     if isinstance(tensor, DerivedTensor):
@@ -290,7 +297,14 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
         return
     for block in blocks:
         if block.size:
-            yield block.view(np.uint8).data
+            yield (pack_nibbles(block) if tensor.dtype.bitwidth == 4 else block.view(np.uint8)).data
+
+
+def pack_nibbles(codes: Array) -> Array:
+    """4-bit codes, an even number of them, two a byte, the first in the low half, as ONNX stores them."""
+    nibbles = codes.reshape(-1).view(np.uint8) & 15
+    packed: Array = nibbles[0::2] | nibbles[1::2] << 4
+    return packed
 
 
 def _blocks(tensor: ir.TensorProtocol) -> Iterator[Array]:
@@ -313,6 +327,8 @@ def _blocks(tensor: ir.TensorProtocol) -> Iterator[Array]:
                 yield from _blocks(source)
         case Reshape():
             yield from _blocks(tensor.sources[0])
+        case RowWise():
+            yield from _row_blocks(tensor)
         case Concat() | Stack():
             parts = [_view(source) for source in tensor.sources]
             rows = max(1, BLOCK_BYTES * dims(tensor)[0] // max(1, tensor.nbytes))
@@ -320,6 +336,19 @@ def _blocks(tensor: ir.TensorProtocol) -> Iterator[Array]:
                 yield tensor.transform.apply([part[start : start + rows] for part in parts]).reshape(-1)
         case _:
             yield from _split(_view(tensor))
+
+
+def _row_blocks(tensor: DerivedTensor) -> Iterator[Array]:
+    """Blocks of a row-wise computation, whole rows of axis 0 at a time."""
+    parts = [_view(source) for source in tensor.sources]
+    total = dims(tensor)[0]
+    rows = max(1, BLOCK_BYTES * total // max(1, tensor.size * 4))
+    for start in range(0, total, rows):
+        pieces = [part if len(part) == 1 != total else part[start : start + rows] for part in parts]
+        try:
+            yield np.ascontiguousarray(tensor.transform.apply(pieces)).reshape(-1)
+        except ValueError as error:
+            raise UserError(f"tensor {_describe(tensor)} holds {error}: download the checkpoint again") from error
 
 
 def _view(tensor: ir.TensorProtocol) -> Array:
