@@ -1,7 +1,7 @@
 """What a calibration leaves on disk as it goes, so that one that was killed goes on where it was.
 
-``calibration.json`` says what is calibrated: model, recipe, data, threads. After each piece of the model its results are
-committed as ``piece-3.safetensors`` and, last, ``piece-3.json``; values that later pieces read lie in ``values/``.
+``calibration.json`` says what is calibrated: model, recipe, data, threads. After each piece of the model its results
+are committed as ``piece-3.safetensors`` and, last, ``piece-3.json``; values that later pieces read lie in ``values/``.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _require_same(path: Path, identity: Mapping[str, str]) -> None:
     differing = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
     if differing:
         raise UserError(
-            f"{path.parent} holds a calibration of another {' and '.join(differing)}: remove it or choose another folder"
+            f"{path.parent} holds a calibration of another {' and '.join(differing)}: remove it, or choose another one"
         )
 
 
@@ -205,13 +205,19 @@ def _model_fingerprint(model: ir.Model) -> str:
     known: dict[int, str] = {}
     for node in model.graph:
         read = [value.name if value is not None else None for value in node.inputs]
-        attributes = sorted((name, str(value.value)) for name, value in node.attributes.items())
+        attributes = sorted((name, _attribute_text(value)) for name, value in node.attributes.items())
         made = [value.name for value in node.outputs]
         digest.update(repr((node.domain, node.op_type, read, attributes, made)).encode())
     for name, value in model.graph.initializers.items():
         assert value.const_value is not None
         digest.update(f"{name} {_tensor_fingerprint(value.const_value, known)}".encode())
     return digest.hexdigest()
+
+
+def _attribute_text(attribute: ir.Attr) -> str:
+    if attribute.type == ir.AttributeType.TENSOR:
+        return _tensor_fingerprint(attribute.as_tensor(), {})
+    return str(attribute.value)
 
 
 def _tensor_fingerprint(tensor: ir.TensorProtocol, known: dict[int, str]) -> str:
