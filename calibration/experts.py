@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge.calibration.activations import Activation
+from qwenforge.calibration.matrices import read_matrix
 from qwenforge.exporter import weights
 from qwenforge.graph_passes.infra import int_attribute
 from qwenforge.graph_passes.quantize.sites import ExpertSite
@@ -28,16 +29,22 @@ class Experts:
 
     Args:
         site: the call in the graph.
-        tokens: the experts' input x.
+        tokens: the experts' input x; None without data, when no expert is given anything.
         router_logits: [T, E].
+
+    Attributes:
+        count, channels, width: E, C and I.
+        tokens: as given.
     """
 
-    def __init__(self, site: ExpertSite, tokens: Activation, router_logits: Activation) -> None:
-        self._tokens = tokens
+    def __init__(self, site: ExpertSite, tokens: Activation | None, router_logits: Activation | None) -> None:
+        self.tokens = tokens
+        self._name = site.name
         self._stacks = [_constant(site.node, index) for index in (2, 3)]
         self.count, rows, self.channels = weights.dims(self._stacks[0])
         self.width = rows // 2
-        chosen = _chosen(router_logits.all(), int_attribute(site.node, "top_k", 1))
+        top_k = int_attribute(site.node, "top_k", 1)
+        chosen = _chosen(router_logits.all(), top_k) if router_logits is not None else np.zeros((0, top_k), np.int64)
         self._given = [np.flatnonzero((chosen == expert).any(1)) for expert in range(self.count)]
 
     def given(self, expert: int) -> Array:
@@ -51,15 +58,16 @@ class Experts:
 
     def gate_up(self, expert: int) -> Array:
         """[2I, C] float32."""
-        return expert_matrix(self._stacks[0], expert)
+        return expert_matrix(self._stacks[0], expert, self._name)
 
     def down(self, expert: int) -> Array:
         """[C, I] float32."""
-        return expert_matrix(self._stacks[1], expert)
+        return expert_matrix(self._stacks[1], expert, self._name)
 
     def inputs(self, numbers: Array) -> Array:
         """[N, C]: tokens of those numbers."""
-        return self._tokens.gather(numbers)
+        assert self.tokens is not None
+        return self.tokens.gather(numbers)
 
     def chunks(self, expert: int, numbers: Array) -> Iterator[tuple[Array, Array]]:
         """Tokens [n, C] of those numbers, and what ``expert``'s down projection is given for them, [n, I]."""
@@ -69,11 +77,15 @@ class Experts:
             yield inputs, hidden(inputs, gate_up)
 
 
-def expert_matrix(stack: ir.TensorProtocol, expert: int) -> Array:
-    """One expert's matrix of a stack [E, N, K], as [N, K] float32; no other expert's is read."""
+def expert_matrix(stack: ir.TensorProtocol, expert: int, site: str) -> Array:
+    """One expert's matrix of a stack [E, N, K], as [N, K] float32; no other expert's is read.
+
+    Raises:
+        UserError: it holds NaN or infinity.
+    """
     _, rows, columns = weights.dims(stack)
     one = weights.reshape(weights.slice_(stack, 0, expert, expert + 1), (rows, columns))
-    return weights.cast(one, ir.DataType.FLOAT).numpy()
+    return read_matrix(one, f"expert {expert} of {site}")
 
 
 def hidden(inputs: Array, gate_up: Array) -> Array:
