@@ -147,7 +147,8 @@ class LayerCalibration:
 
     def _input(self, place: Place) -> Activation:
         for name in place.readers:
-            return self.inputs[name]
+            if name in self.inputs:
+                return self.inputs[name]
         assert self.experts is not None and self.experts.experts.tokens is not None
         return self.experts.experts.tokens
 

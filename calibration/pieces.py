@@ -51,17 +51,16 @@ def split_by_site(model: ir.Model, sites: Sites) -> list[ir.Model]:
 
 
 def _tail_together(model: ir.Model, owner: dict[ir.Node, int], last: int) -> dict[ir.Node, int]:
-    """What leads from the last layer's residual stream to the logits goes with them: it is small, and reads an input
-    that other pieces do not."""
-    heads = {node for node in owner if owner[node] > last}
-    inside = {node for node in owner if owner[node] == last}
-    logits = set(model.graph.outputs)
+    """What only leads to the logits goes with them: the final norm, and the choice of tokens, which other pieces run
+    before it is known."""
+    head = {node for node in owner if owner[node] > last}
     for node in reversed(list(model.graph)):
-        if node in inside and not any(value in logits for value in node.outputs):
-            readers = [reader for value in node.outputs for reader, _ in value.uses()]
-            if readers and all(reader in heads for reader in readers) and _is_tail(node):
-                heads.add(node)
-    return {node: last + 1 if node in heads else number for node, number in owner.items()}
+        readers = [reader for value in node.outputs for reader, _ in value.uses()]
+        movable = owner[node] == 0 or (owner[node] == last and _is_tail(node))
+        leaves_graph = any(value.is_graph_output() for value in node.outputs)
+        if movable and readers and not leaves_graph and all(reader in head for reader in readers):
+            head.add(node)
+    return {node: last + 1 if node in head else number for node, number in owner.items()}
 
 
 def _is_tail(node: ir.Node) -> bool:

@@ -23,6 +23,7 @@ from qwenforge.calibration.recipes import Recipe
 from qwenforge.calibration.spill import SpilledValue
 from qwenforge.errors import UserError
 from qwenforge.exporter.leaves import read_blocks
+from qwenforge.exporter.safetensors_header import read_header
 from qwenforge.exporter.weights import DerivedTensor
 from qwenforge.graph_passes.quantize.plan import SitePlan
 
@@ -32,6 +33,7 @@ WORK_VERSION = 1
 """Raised when results change: a calibration begun by an older version is not gone on with."""
 
 _IDENTITY = "calibration.json"
+_DTYPES = {"F32": ir.DataType.FLOAT, "I8": ir.DataType.INT8}
 _INLINE = 1 << 16
 
 
@@ -121,16 +123,13 @@ class WorkFolder:
         except OSError as error:
             raise UserError(f"cannot use {folder} as work folder: {error.strerror or error}; choose another") from error
 
-    def committed(self, piece: int) -> tuple[PieceResult, dict[str, Array]] | None:
+    def committed(self, piece: int) -> PieceResult | None:
         """The results of ``piece``; None when it is still to be done."""
-        from safetensors.numpy import load_file
-
         record = self.folder / f"piece-{piece}.json"
         if not record.exists():
             return None
         try:
-            result = PieceResult.model_validate_json(record.read_bytes())
-            return result, load_file(record.with_suffix(".safetensors"))
+            return PieceResult.model_validate_json(record.read_bytes())
         except (OSError, ValidationError) as error:
             raise UserError(f"{record} is damaged: remove {self.folder} and calibrate again") from error
 
@@ -139,13 +138,29 @@ class WorkFolder:
         from safetensors.numpy import save
 
         try:
-            blob = save({name: np.ascontiguousarray(array) for name, array in sorted(tensors.items())})
+            blob = save({name: np.asarray(array, order="C") for name, array in sorted(tensors.items())})
             _write(self.folder / f"piece-{piece}.safetensors", blob)
             _write(self.folder / f"piece-{piece}.json", result.model_dump_json(indent=1))
         except OSError as error:
             raise UserError(
                 f"cannot write {self.folder}: {error.strerror or error}; free space or use another work folder"
             ) from error
+
+    def tensors(self, pieces: int) -> dict[str, ir.TensorProtocol]:
+        """The committed numbers of all pieces by name, lazy."""
+        found: dict[str, ir.TensorProtocol] = {}
+        for piece in range(pieces):
+            header = read_header(self.folder / f"piece-{piece}.safetensors")
+            for name, stored in header.tensors.items():
+                found[name] = ir.ExternalTensor(
+                    header.path.resolve(),
+                    stored.offset,
+                    stored.length,
+                    _DTYPES[stored.dtype],
+                    shape=ir.Shape(stored.shape),
+                    name=name,
+                )
+        return found
 
     def new_value(self, name: str) -> SpilledValue:
         """A file for the value of that name."""
@@ -160,6 +175,17 @@ class WorkFolder:
         for path in self._values.iterdir():
             if path.name not in files:
                 path.unlink()
+
+
+def stored_threads(folder: Path) -> int | None:
+    """The number of threads that the calibration in ``folder`` was begun with; None where there is none."""
+    path = folder / _IDENTITY
+    if not path.is_file():
+        return None
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: remove {folder} and calibrate again") from error
 
 
 def identity_of(
