@@ -198,10 +198,10 @@ class _Run:
             self._inputs(linear, values),
         )
         result = layer.run(meter.tell)
-        for cache in caches if self._recipe.cache is not None and values is not None else ():
-            self._cache_scales(cache, values.largest, layer)
-            result.caches += (cache.name,)
         if values is not None:
+            for cache in caches if self._recipe.cache is not None else ():
+                self._cache_scales(cache, values.largest, layer)
+                result.caches += (cache.name,)
             result.mean_loss = values.mean_loss
             result.values = {
                 name: StoredValue(file=value.path.name, shape=value.shape or (), dtype=value.dtype or "")
