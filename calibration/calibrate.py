@@ -222,12 +222,17 @@ class _Run:
         assert self._data is not None
         piece = self._pieces[index]
         made = {str(value.name) for node in piece.graph for value in node.outputs}
-        kept = {name: f"the value {name}" for name in sorted(made) if self._is_read_after(name, index)}
+        kept: dict[str, str] = {}
         for site in linear:
             if self._recipe.choose(site.name, site.role).weight is not None:
-                kept |= {name: f"the input of {site.name}" for name in (_input(site.node, 0),) if name in made}
+                kept.setdefault(_input(site.node, 0), f"the input of {site.name}")
         for each in experts:
-            kept |= {name: f"the input of {each.name}" for name in _expert_inputs(each) if name in made}
+            for name in _expert_inputs(each):
+                kept.setdefault(name, f"the input of {each.name}")
+        for name in sorted(made):
+            if self._is_read_after(name, index):
+                kept.setdefault(name, f"the value {name}")
+        kept = {name: reader for name, reader in kept.items() if name in made}  # the rest is there already
         present = [str(value.name) for cache in caches for value in cache.node.outputs[1:3]]
         meter.tell("loading")
         runnable = RunnablePiece(

@@ -82,4 +82,5 @@ def _largest(weight: Array, group_size: int) -> Array:
 
 def _scales(largest: Array, number_format: Format) -> Array:
     scales = largest / np.float32(LARGEST[number_format])
-    return np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    positive: Array = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    return positive
