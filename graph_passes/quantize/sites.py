@@ -188,7 +188,7 @@ def _role(node: ir.Node) -> tuple[Role, str] | None:
 _TRANSPARENT = ("Reshape", "Cast", "QuantizeLinear", "DequantizeLinear")
 """What stands between a value and a product that reads it, quantized or not."""
 
-_FORWARDING = ("Reshape", "Cast", "Identity", "RMSNormalization", "Transpose")
+_FORWARDING = ("Add", "Reshape", "Cast", "Identity", "RMSNormalization", "Transpose")
 
 
 def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
@@ -202,9 +202,9 @@ def _forwarded(value: ir.Value) -> list[ir.Value]:
     found = [value]
     for current in found:
         for use, index in current.uses():
-            adds_constant = use.op_type == "Add" and weight(use.inputs[1 - index]) is not None
-            forwards = use.op_type in _FORWARDING and not use.domain and index == 0
-            if adds_constant or forwards:
+            if use.domain or use.op_type not in _FORWARDING or (index and use.op_type != "Add"):
+                continue
+            if use.op_type != "Add" or weight(use.inputs[1 - index]) is not None:
                 found.append(use.outputs[0])
     return found
 
