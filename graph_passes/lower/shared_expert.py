@@ -1,4 +1,4 @@
-"""The shared expert of a layer, found by structure: sigmoid(gate) * SwiGLU(x) beside the routed experts of the same x."""
+"""The shared expert of a layer, found by structure: sigmoid(gate) * SwiGLU(x), added to the experts of the same x."""
 
 from __future__ import annotations
 

@@ -40,6 +40,8 @@ def _names_capacity(dim: int | ir.SymbolicDim) -> bool:
 def check_precision(model: ir.Model) -> None:
     """Make sure that every layer computes in 16 bits, as TensorRT's attention, our plugins and their kernels do.
 
+    The caches may be of 8 bits, which only a plugin takes.
+
     Raises:
         GraphError: a cache or a plugin's tensor is of another type; the message names it.
     """
@@ -47,6 +49,8 @@ def check_precision(model: ir.Model) -> None:
     caches = [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values.")]
     plugins = [node for node in model.graph if node.domain == op_spec.NAMESPACE]
     for value in (*caches, *(node.outputs[0] for node in plugins)):
+        if value in caches and value.dtype == ir.DataType.INT8:
+            continue
         if value.dtype is not None and value.dtype not in halves:
             raise GraphError(
                 f"{value.name} is {value.dtype.name.lower()}: attention on a GPU and the plugins compute in 16 bits; "
