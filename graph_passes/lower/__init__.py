@@ -17,7 +17,7 @@ from qwenforge.tensorrt_choice import TensorRTChoice
 def lowering_rules(
     target: str, *, weights: str = "copy", choice: LoweringChoice | None = None, capacity: int | None = None
 ) -> list[FusionPass]:
-    """The rules that follow the portable ones for ``target``, in order; none for ``portable``.
+    """The rules that follow the portable ones for ``target``, in order; for ``portable``, explicit quantization.
 
     Args:
         target: one of ``qwenforge.targets``.
@@ -30,7 +30,9 @@ def lowering_rules(
         UnsupportedError: there is no lowering for ``target``.
     """
     if target == "portable":
-        return []
+        from qwenforge.graph_passes.lower.explicit_quantization import ExplicitDequantize
+
+        return [ExplicitDequantize()]
     if target == "ort-cpu":
         from qwenforge.graph_passes.lower.ort_cpu import ort_cpu_rules
 
