@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwenforge.exporter import weights
-from qwenforge.exporter.quantized_weights import QuantizedWeight
+from qwenforge.exporter.quantized_weights import QuantizedWeight, quantize
 from qwenforge.exporter.transforms import Array, Concat, Dims, RowWise, Stack
 from qwenforge.exporter.weights import DerivedTensor, dims
 
@@ -101,15 +101,32 @@ class RepeatGroups(RowWise):
 
 
 @dataclass(frozen=True)
-class RowScales(RowWise):
-    """float32 [..., N, K] to the scales [..., N, 1] with which INT8 codes of -127..127 hold each row."""
+class LargestScales(RowWise):
+    """float32 [..., N, K] to the scales [..., N, G] with which codes up to ``largest`` reach each group's largest value.
+
+    A group of zeros only has the scale 1.
+    """
+
+    group_size: int
+    largest: int
 
     def shape(self, sources: Sequence[Dims]) -> Dims:
-        return (*sources[0][:-1], 1)
+        (source,) = sources
+        return (*source[:-1], -(-source[-1] // self.group_size))
 
     def apply(self, sources: Sequence[Array]) -> Array:
-        scales: Array = np.abs(sources[0]).max(axis=-1, keepdims=True).astype(np.float32) / np.float32(127)
-        return np.where(scales > 0, scales, np.float32(1))
+        magnitudes = np.abs(sources[0])
+        starts = np.arange(0, magnitudes.shape[-1], self.group_size)
+        largest = np.maximum.reduceat(magnitudes, starts, axis=-1).astype(np.float32)
+        scales: Array = np.where(largest > 0, largest / np.float32(self.largest), np.float32(1))
+        return scales
+
+
+def rounded(weight: ir.TensorProtocol, weight_format: Literal["int8", "int4"], group_size: int) -> QuantizedWeight:
+    """``weight`` [..., N, K] rounded to the nearest code of a symmetric grid that ends at each group's largest value."""
+    wide = weights.cast(weight, ir.DataType.FLOAT)
+    scales = DerivedTensor(LargestScales(group_size, 127 if weight_format == "int8" else 7), [wide])
+    return quantize(wide, weight_format, scales, group_size=group_size)
 
 
 def block_size(quantized: QuantizedWeight, *, divides: Sequence[int] = ()) -> int | None:

@@ -28,8 +28,8 @@ import onnx_ir as ir
 from qwenforge import names
 from qwenforge.errors import UnsupportedError
 from qwenforge.exporter import weights
-from qwenforge.exporter.block_codes import RowScales, block_size, in_blocks
-from qwenforge.exporter.quantized_weights import QuantizedWeight, as_quantized, quantize
+from qwenforge.exporter.block_codes import block_size, in_blocks, rounded
+from qwenforge.exporter.quantized_weights import QuantizedWeight, as_quantized
 from qwenforge.exporter.transforms import Dequantize, Quantize
 from qwenforge.exporter.weights import DerivedTensor, dims
 from qwenforge.graph_passes.infra import FusionPass, add_initializer, constant, is_op, replace_node, scalar, tag, weight
@@ -208,8 +208,8 @@ def rounded_by_rows(node: ir.Node) -> QuantizedWeight:
     """The matrix of ``node`` as it was before it was quantized, where the plan has it, in int8 with a scale a row."""
     tensor = weight(node.inputs[1])
     assert tensor is not None
-    rows = weights.cast(weights.transpose(unquantized(tensor), (1, 0)), ir.DataType.FLOAT)
-    return quantize(rows, "int8", DerivedTensor(RowScales(), [rows]), group_size=dims(rows)[1])
+    matrix = weights.transpose(unquantized(tensor), (1, 0))
+    return rounded(matrix, "int8", dims(matrix)[1])
 
 
 def unquantized(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
