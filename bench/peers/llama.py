@@ -37,8 +37,8 @@ def environment(folder: Path) -> Path:
         command += ["--no-binary", "llama-cpp-python", *_PACKAGES]
         if subprocess.run(command, stdout=sys.stderr, env=os.environ | {"CMAKE_ARGS": _CMAKE_ARGUMENTS}).returncode:
             raise UserError(
-                f"llama.cpp cannot be compiled in {folder}; its messages are above. Install a C++ compiler and CMake, or "
-                "name an environment of your own with --llama-python"
+                f"llama.cpp cannot be compiled in {folder}; its messages are above. Install a C++ compiler and CMake, "
+                "or name an environment of your own with --llama-python"
             )
     return python
 
