@@ -7,13 +7,14 @@ perplexity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from qwenforge.calibration.data import load_calibration_data
 from qwenforge.errors import UserError
 
 Tokens = npt.NDArray[np.int64]
@@ -24,6 +25,7 @@ WINDOW = 256
 WINDOWS = 16
 """Windows at most: 4096 distributions, where an agreement of 95 % has a standard error of a third of a percent."""
 FEWEST_WINDOWS = 2
+_SPARE = 3
 SHARED_RUN = 32
 """Tokens in a row that make two texts the same: a licence's heading is shorter, a copied paragraph longer."""
 LARGEST_OVERLAP = 0.25
@@ -52,7 +54,7 @@ class HeldOutText:
         """
         if len(self.windows) < 2:
             raise UserError(
-                f"the held-out text ({self.source}) has one window of {self.windows.shape[1]} tokens, and --auto needs "
+                f"{self.source} has one window of {self.windows.shape[1]} tokens, and --auto needs "
                 "two: one to choose by and one to judge by; give more text with --heldout-data."
             )
         return HeldOutText(self.windows[::2], self.source), HeldOutText(self.windows[1::2], self.source)
@@ -60,52 +62,47 @@ class HeldOutText:
 
 def load_heldout(
     path: Path | None,
-    encode: Callable[[str], Sequence[int]],
+    tokenizer_files: Mapping[str, Path],
     *,
     vocab_size: int,
     max_length: int,
-    calibration: Iterable[npt.NDArray[np.integer]] = (),
+    calibration: Tokens | None = None,
     windows: int = WINDOWS,
 ) -> HeldOutText:
-    """Windows of the text in ``path``, or of the built-in sample, spread evenly over it.
+    """Windows of the text in ``path``, or of the built-in sample, chosen by a fixed seed.
 
     Args:
-        path: a UTF-8 text file; None for the sample.
-        encode: text to tokens.
-        vocab_size: tokens from here on are none of the model's.
+        path: what :func:`~qwenforge.calibration.data.load_calibration_data` reads; None for the sample.
+        tokenizer_files: the model's, by name.
+        vocab_size: of the model.
         max_length: the bundle's context, which a window must fit.
-        calibration: the rows of tokens that the model was calibrated on.
+        calibration: the rows [R, L] that the model was calibrated on.
         windows: how many to take at most.
 
     Raises:
         UserError: the text cannot be read, is too short, does not fit the vocabulary, or is calibration text.
     """
-    source = "built-in sample" if path is None else path.name
-    try:
-        text = (path or BUILT_IN).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the held-out text {path} cannot be read ({error}); give a UTF-8 text file.") from error
-    tokens = np.asarray(encode(text), np.int64)
-    if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise UserError(
-            f"the tokenizer makes token {int(tokens.max())} of the held-out text ({source}), and the model has "
-            f"{vocab_size}: it is another model's tokenizer; copy the right tokenizer.json into the checkpoint."
-        )
+    source = "the built-in held-out sample" if path is None else f"--heldout-data {path}"
     size = min(WINDOW, max_length)
-    count = len(tokens) // size
-    if count < FEWEST_WINDOWS:
-        raise UserError(
-            f"the held-out text ({source}) has {len(tokens)} tokens, too few to judge a model by; give at least "
-            f"{FEWEST_WINDOWS * size} with --heldout-data."
+    try:
+        # More than wanted, because what overlaps is left out.
+        data = load_calibration_data(
+            path or BUILT_IN, tokenizer_files, vocab_size=vocab_size, rows=_SPARE * windows, row_length=size
         )
-    cut = tokens[: count * size].reshape(count, size)
-    shares = overlapping_windows(cut, calibration)
-    if shares.mean() > LARGEST_OVERLAP or count - shares.sum() < FEWEST_WINDOWS:
+    except UserError as error:
+        raise UserError(f"{source} is no text to judge the model by: {error}") from error
+    found = data.tokens
+    if len(found) < FEWEST_WINDOWS:
         raise UserError(
-            f"{int(shares.sum())} of the {count} windows of the held-out text ({source}) hold text that the model was "
-            "calibrated on, which would hide its errors; give other text with --heldout-data."
+            f"{source} has {found.size} tokens, too few to judge a model by; give at least {FEWEST_WINDOWS * size}."
         )
-    kept = cut[~shares]
+    shares = overlapping_windows(found, calibration if calibration is not None else [])
+    if shares.mean() > LARGEST_OVERLAP or len(found) - shares.sum() < FEWEST_WINDOWS:
+        raise UserError(
+            f"{int(shares.sum())} of {len(found)} windows of {source} hold text that the model was calibrated on, "
+            "which would hide its errors; give other text with --heldout-data."
+        )
+    kept = found[~shares]
     chosen = np.unique(np.linspace(0, len(kept) - 1, min(windows, len(kept))).round().astype(np.int64))
     return HeldOutText(kept[chosen], source, int(shares.sum()))
 
