@@ -36,6 +36,10 @@ class Budget:
             found.append(f"the best token agrees at {accuracy.top1_agreement:.1%} (at least {self.top1:.1%})")
         return found
 
+    def tightened(self, part: float) -> Budget:
+        """The budget that uses ``part`` of what this one allows to be lost."""
+        return Budget(kl=self.kl * part, ppl=1 + (self.ppl - 1) * part, top1=1 - (1 - self.top1) * part)
+
     def to_json(self) -> dict[str, float]:
         """The limits by name, as ``--budget`` takes them."""
         return asdict(self)

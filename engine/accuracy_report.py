@@ -1,4 +1,4 @@
-"""What became of a quantized export: the figures as JSON, as the manifest's record, and as a sentence when it failed."""
+"""What became of a quantized export: figures as JSON, the manifest's record, and a sentence when it failed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class QuantizationOutcome:
         return self.budget.missed(self.run.distributions)
 
     def refusal(self, report: str) -> str:
-        """Why no bundle is written, in one sentence that names the three worst layers; ``report`` says where more is."""
+        """Why no bundle is written, in one sentence with the three worst layers; ``report`` says where more is."""
         worst = ", ".join(_described(layer) for layer in self.run.worst())
         pattern = f"{self.run.worst(1)[0].name}.*=keep"
         found = self.run

@@ -19,7 +19,7 @@ _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 def rtn_plan(
     model: ir.Model, recipe: Recipe, *, change: Callable[[str, np.ndarray], np.ndarray] | None = None
 ) -> QuantizationPlan:
-    """The plan of ``recipe``'s weights for a portable ``model``; ``change`` spoils the scales of a site, by its name."""
+    """The plan of ``recipe``'s weights for a portable ``model``; ``change`` spoils scales, by the site's name."""
     found = find_sites(model)
     sites: dict[str, SitePlan] = {}
     tensors: dict[str, ir.TensorProtocol] = {}
