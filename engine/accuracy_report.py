@@ -32,7 +32,6 @@ class QuantizationOutcome:
         unquantized_bytes, quantized_bytes: of weights, in the unquantized portable model and as lowered.
         calibrated_on: the text; None where the recipe needs none.
         coverage: by expert site, the tokens that each of its experts was given in calibration.
-        expert_floor: below it an expert's scales come from its weights alone.
         warnings: what calibration and the reading of texts found doubtful, a sentence each.
         frontier: size and accuracy of the choices that ``--auto`` weighed; None without it.
     """
@@ -48,7 +47,6 @@ class QuantizationOutcome:
     quantized_bytes: int
     calibrated_on: str | None
     coverage: Mapping[str, tuple[int, ...]]
-    expert_floor: int
     warnings: tuple[str, ...]
     frontier: Frontier | None = None
 
@@ -117,7 +115,7 @@ class QuantizationOutcome:
             "missed": self.missed,
             "layers": [layer.to_json() for layer in run.layers],
             "worst_layers": [layer.name for layer in run.worst()],
-            "expert_floor": self.expert_floor,
+            "expert_floor": self.recipe.expert_floor,
             "expert_tokens": {site: list(counts) for site, counts in self.coverage.items()},
             "bytes": {"unquantized": self.unquantized_bytes, "quantized": self.quantized_bytes},
             "warnings": list(self.warnings),

@@ -8,7 +8,7 @@ all windows at once would outweigh the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,20 +133,34 @@ class WindowRunner:
             upcast_to_float32(model)
         return cls(model, folder, whole=False)
 
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Piece]) -> WindowRunner:
+        """A model put together of pieces that follow on each other."""
+        runner = cls.__new__(cls)
+        runner.pieces = list(pieces)
+        return runner
+
     def logits(self, windows: Windows) -> Iterator[npt.NDArray[np.float32]]:
         """Logits [S, V] of each of ``windows``, one after the other; all but the last piece runs before the first."""
-        rows = window_values(windows)
-        for index, piece in enumerate(self.pieces[:-1]):
-            with piece.session() as session:
-                needed = self.needed_after(index)
-                for row in rows:
-                    row |= piece.run(session, row, needed)
-                    for name in row.keys() - needed:
-                        del row[name]
+        return self.logits_from(0, window_values(windows))
+
+    def logits_from(self, index: int, rows: list[dict[str, Array]]) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits [S, V] of each of ``rows``, which hold what pieces from ``index`` on need."""
+        for each in range(index, len(self.pieces) - 1):
+            self.run_piece(each, rows)
         last = self.pieces[-1]
         with last.session() as session:
             for row in rows:
                 yield last.run(session, row, {names.LOGITS})[names.LOGITS][0].astype(np.float32)
+
+    def run_piece(self, index: int, rows: list[dict[str, Array]]) -> None:
+        """Run a piece on each of ``rows``, in place: what no later piece needs is dropped."""
+        piece, needed = self.pieces[index], self.needed_after(index)
+        with piece.session() as session:
+            for row in rows:
+                row |= piece.run(session, row, needed)
+                for name in row.keys() - needed:
+                    del row[name]
 
     def needed_after(self, index: int) -> set[str]:
         """Names of the values that pieces behind number ``index`` read, and of the graph's inputs."""
