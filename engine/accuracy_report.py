@@ -52,8 +52,9 @@ class QuantizationOutcome:
 
     @property
     def missed(self) -> list[str]:
-        """What is beyond the budget, each as half a sentence."""
-        return self.budget.missed(self.run.distributions)
+        """What is beyond the budget, each as half a sentence; of the worse one where there are several graphs."""
+        found = [missed for figures in self.run.graphs.values() if (missed := self.budget.missed(figures))]
+        return max(found, key=len, default=[])
 
     def refusal(self, report: str) -> str:
         """Why no bundle is written, in one sentence with the three worst layers; ``report`` says where more is."""
@@ -111,6 +112,7 @@ class QuantizationOutcome:
             },
             "method": run.method,
             "accuracy": run.distributions.to_json(),
+            "graphs": {name: figures.to_json() for name, figures in run.graphs.items()},
             "budget": self.budget.to_json(),
             "missed": self.missed,
             "layers": [layer.to_json() for layer in run.layers],

@@ -20,6 +20,7 @@ from qwenforge.bundle_writer import BundleWriter
 from qwenforge.engine.accuracy_page import accuracy_page, refuse_beyond_budget
 from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
+from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.quantization_request import QuantizationRequest, require_device
 from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
@@ -42,6 +43,7 @@ from qwenforge.manifest import (
     LAYER_BEFORE,
     MODEL_NAME,
     POLYGRAPHY_NETWORK,
+    PREFILL_NAME,
     README,
     TOKENIZER,
     BundleFacts,
@@ -197,7 +199,12 @@ def export_checkpoint(
             portable = quantized.calibrated()
         clock.start("lower")
         capacity = length if tensorrt is not None else None
-        final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
+        graphs = None
+        if quantization is not None and target == "ort-cpu":
+            graphs = lower_quantized(portable, quantization.optimize)
+            final = graphs.decode
+        else:
+            final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
         if isinstance(choice, OrtCudaChoice):
             _require_cuda_kernels(final)
         bound = split_weight_inputs(final) if tensorrt is not None and tensorrt.weights_as == "inputs" else {}
@@ -206,21 +213,27 @@ def export_checkpoint(
         links = (
             link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
         )
-        saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
+        if graphs is not None:
+            both = save_graphs(graphs, writer.directory, progress=clock.bytes_done)
+            saved, written = both.decode, [file for file in both.files if file.path.suffix == ".data"]
+        else:
+            saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
+            written = [saved.data] if saved.data is not None else []
         _drop_unused_links(writer.directory, saved.linked_bytes, links)
-        written = [saved.data] if saved.data is not None else []
         if bound:
             path = writer.directory / ENGINE_WEIGHTS
             written.append(write_safetensors(path, bound, progress=clock.bytes_done))
         data_bytes = sum(file.bytes for file in written)
         if quantized is not None:
             clock.start("measure accuracy")
+            judged = [MODEL_NAME] + ([PREFILL_NAME] if graphs is not None and graphs.prefill is not None else [])
             outcome = quantized.judge(
-                writer.directory / MODEL_NAME,
+                [writer.directory / name for name in judged],
                 target=target,
                 dtype=chosen,
                 unquantized_bytes=unquantized_bytes,
                 quantized_bytes=data_bytes,
+                session_options=SESSION_OPTIONS if graphs is not None else {},
             )
             refuse_beyond_budget(outcome, Path(output))
             writer.add_text(ACCURACY_PAGE, accuracy_page(outcome))
@@ -231,9 +244,13 @@ def export_checkpoint(
             writer.add_file(path, name)
         writer.add_json(GENERATION_CONFIG, _generation_config(source))
         _add_accuracy(writer, chosen, report, outcome)
-        facts = _facts(source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report)
+        facts = bundle_facts(
+            source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report
+        )
         if isinstance(choice, OrtCudaChoice):
             facts = facts.model_copy(update={"ort_cuda": _ort_cuda(choice, final)})
+        if graphs is not None:
+            facts = facts.model_copy(update={"prefill": graphs.record, "session_options": SESSION_OPTIONS})
         if outcome is not None:
             facts = facts.model_copy(update={"quantization": outcome.record()})
         if tensorrt is not None:
@@ -399,7 +416,7 @@ def _add_accuracy(
     )
 
 
-def _facts(
+def bundle_facts(
     source: Checkpoint,
     model: ir.Model,
     target: str,

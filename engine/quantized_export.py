@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,9 +133,16 @@ class QuantizedExport:
         return self._quantized(self._plan)
 
     def judge(
-        self, lowered: Path, *, target: str, dtype: str, unquantized_bytes: int, quantized_bytes: int
+        self,
+        lowered: Sequence[Path],
+        *,
+        target: str,
+        dtype: str,
+        unquantized_bytes: int,
+        quantized_bytes: int,
+        session_options: Mapping[str, str],
     ) -> QuantizationOutcome:
-        """Compare the ``lowered`` model, beside its data, with the unquantized one.
+        """Compare each of the ``lowered`` graphs, beside its data, with the unquantized model.
 
         Raises:
             VerificationError: the budget is missed (see :meth:`QuantizationOutcome.missed`), or a logit is not finite.
@@ -151,6 +158,7 @@ class QuantizedExport:
                 upcast_reference=half,
                 # ONNX Runtime has no bf16 kernels on the CPU; in fp16 the model runs as it will.
                 upcast_quantized=self._dtype == ir.DataType.BFLOAT16,
+                session_options=session_options,
                 work_folder=Path(pieces),
                 progress=self._progress,
             )
