@@ -124,7 +124,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         "--override",
         action="append",
         metavar="SITE=FORMAT",
-        help="an exception, such as 'model.layers.0.*=keep' or '*.down_proj=int8'; repeat for more, the last one counts",
+        help="an exception, such as 'model.layers.0.*=keep' or '*.down_proj=int8'; repeat it for more, the last counts",
     )
     group.add_argument("--cache", choices=("int8", "fp8"), help="also quantize the key/value cache")
     group.add_argument(
