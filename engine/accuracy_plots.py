@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _INK, _SOFT, _BAD = "#1b1f24", "#8b96a1", "#a8330f"
 _OWN, _ACCUMULATED = "#0b6e5a", "#7cc4b0"
+_NO_ERROR = 1e-8
+"""Nats below which rounding in the comparison is all that there is."""
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qwenforge",
@@ -41,17 +43,21 @@ _STYLE = {
 
 def layers_plot(layers: Sequence[LayerAccuracy], worst: Sequence[str]) -> str:
     """Bars of each layer's own and accumulated error, as SQNR in dB; the ``worst`` layers stand out."""
+    from matplotlib.patches import Patch
+
     with _figure(max(6.0, 0.28 * len(layers) + 2), 3.2) as (figure, axes):
         places = np.arange(len(layers))
         own = [_shown(layer.own_sqnr_db, layers) for layer in layers]
         accumulated = [_shown(layer.sqnr_db, layers) for layer in layers]
         colors = [_BAD if layer.name in worst else _OWN for layer in layers]
-        axes.bar(places - 0.2, own, 0.4, color=colors, label="its own error")
-        axes.bar(places + 0.2, accumulated, 0.4, color=_ACCUMULATED, label="with the layers before it")
+        axes.bar(places - 0.2, own, 0.4, color=colors)
+        axes.bar(places + 0.2, accumulated, 0.4, color=_ACCUMULATED)
         axes.set_xticks(places, [layer.name.rpartition(".")[2] for layer in layers], fontsize=8)
         axes.set_xlabel("layer")
         axes.set_ylabel("SQNR (dB), higher is better")
-        axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 1.18), ncols=2)
+        meaning = {_OWN: "its own error", _BAD: "the worst", _ACCUMULATED: "with the layers before it"}
+        patches = [Patch(color=color, label=label) for color, label in meaning.items()]
+        axes.legend(handles=patches, frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 1.18), ncols=3)
         return _svg(figure)
 
 
@@ -113,14 +119,16 @@ def size_plot(unquantized: int, quantized: int) -> str:
 def frontier_plot(frontier: Frontier, limit: float) -> str:
     """Size and mean KL of each choice that ``--auto`` measured, the ``limit`` on the latter, and what was chosen."""
     with _figure(6.0, 3.2) as (figure, axes):
-        points = frontier.points
+        chosen = frontier.points[frontier.chosen]
+        # Without any error a point has no place on the axis.
+        points = [point for point in frontier.points if point.accuracy.mean_kl > _NO_ERROR or point is chosen]
         sizes = [point.bytes / 1e6 for point in points]
-        divergences = [max(point.accuracy.mean_kl, 1e-9) for point in points]
+        divergences = [max(point.accuracy.mean_kl, _NO_ERROR) for point in points]
         colors = [_OWN if point.holds else _BAD for point in points]
         axes.plot(sizes, divergences, color=_SOFT, linewidth=0.8, zorder=1)
         axes.scatter(sizes, divergences, s=24, color=colors, zorder=2)
-        chosen = frontier.chosen
-        axes.scatter(sizes[chosen], divergences[chosen], s=110, facecolors="none", edgecolors=_INK, label="chosen")
+        place = points.index(chosen)
+        axes.scatter(sizes[place], divergences[place], s=110, facecolors="none", edgecolors=_INK, label="chosen")
         axes.axhline(limit, color=_BAD, linewidth=1, linestyle="--", label="budget")
         axes.set_yscale("log")
         axes.set_xlabel("quantizable weights, MB")

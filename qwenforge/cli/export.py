@@ -277,6 +277,8 @@ def _print_frontier(console: Console, outcome: QuantizationOutcome) -> None:
     from rich import box
     from rich.table import Table
 
+    from qwenforge.calibration.sensitivity import overrides_of
+
     frontier = outcome.frontier
     assert frontier is not None
     table = Table(title="size and accuracy", title_justify="left", box=box.SIMPLE, pad_edge=False)
@@ -285,7 +287,8 @@ def _print_frontier(console: Console, outcome: QuantizationOutcome) -> None:
     table.add_column("holds")
     table.add_column("in higher precision")
     for index, point in enumerate(frontier.points):
-        raised = ", ".join(f"{group} {level}" for group, level in point.raised.items())
+        raised = ", ".join(f"{group} {level}" for group, level in list(point.raised.items())[:2])
+        raised += f" and {len(point.raised) - 2} more" if len(point.raised) > 2 else ""
         table.add_row(
             f"{point.bytes / 1e6:.2f}",
             f"{point.accuracy.mean_kl:.2g}",
@@ -295,6 +298,8 @@ def _print_frontier(console: Console, outcome: QuantizationOutcome) -> None:
             raised or "nothing",
         )
     console.print(table)
+    if chosen := frontier.choice:
+        console.print("chosen, as arguments:", *(f"--override '{each}'" for each in overrides_of(chosen)), markup=False)
 
 
 def _print(report: ExportReport) -> None:
