@@ -257,6 +257,11 @@ def parse_override(text: str) -> Override:
         ) from error
 
 
+def is_override(choice: SitePlan) -> bool:
+    """Whether :meth:`Recipe.choose` made ``choice`` by an override."""
+    return choice.reason.startswith("override ")
+
+
 def require_matches(recipe: Recipe, sites: Iterable[str]) -> None:
     """Refuse an override that names no site of the model: it is a typing error.
 
