@@ -38,8 +38,6 @@ PREFILL_TOKENS = 16
 """Tokens of a step from which on the prefill graph takes it."""
 
 SESSION_OPTIONS = {
-    # Where the processor has no VNNI, the fast kernel for uint8 by int8 saturates: this asks for the exact one there.
-    "session.x64quantprecision": "1",
     # Two sessions take turns: the threads of the one that is done must not spin beside the other's.
     "session.force_spinning_stop": "1",
 }
