@@ -9,6 +9,7 @@ the same command takes up calibration where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from qwenforge.calibration.calibrate import CalibrationResult, calibrate
 from qwenforge.calibration.data import ROW_LENGTH, ROWS, CalibrationData, load_calibration_data
 from qwenforge.calibration.heldout import HeldOutText, load_heldout
+from qwenforge.calibration.progress import Progress as CalibrationProgress
 from qwenforge.calibration.recipes import Recipe
 from qwenforge.calibration.sensitivity import Frontier, Level, levels_of, milder_recipe, mixed_plan, overrides_of
 from qwenforge.engine.accuracy_report import QuantizationOutcome
@@ -124,7 +126,7 @@ class QuantizedExport:
             max_length=self._max_length,
             calibration=data.tokens if data is not None else None,
         )
-        result = self._calibrate(request.recipe, data, "calibration")
+        result = self._calibrate(request.recipe, data)
         self._result = result
         self._warnings = (*(data.warnings if data is not None else ()), *result.warnings)
         self._plan, self._text = result.plan, text
@@ -173,7 +175,7 @@ class QuantizedExport:
             unquantized_bytes=unquantized_bytes,
             quantized_bytes=quantized_bytes,
             calibrated_on=self._calibrated_on,
-            coverage=self._result.coverage,
+            coverage={each.site: each.tokens for each in self._result.coverage},
             warnings=self._warnings,
             frontier=self._frontier,
         )
@@ -190,10 +192,18 @@ class QuantizedExport:
             row_length=min(ROW_LENGTH, self._max_length),
         )
 
-    def _calibrate(self, recipe: Recipe, data: CalibrationData | None, folder: str) -> CalibrationResult:
-        work = self.work_folder / folder
-        work.mkdir(exist_ok=True)
-        return calibrate(self._build(), recipe, data, work_folder=work, progress=self._progress)
+    def _calibrate(self, recipe: Recipe, data: CalibrationData | None) -> CalibrationResult:
+        # A folder for each recipe and text: a second attempt with other settings must not meet the first one's state.
+        settings = recipe.to_json() + (data.fingerprint() if data is not None else "")
+        folder = self.work_folder / f"calibration-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+        return calibrate(self._build(), recipe, data, work_folder=folder, progress=self._calibrating)
+
+    def _calibrating(self, progress: CalibrationProgress) -> None:
+        """Pass on calibration's progress, its speed and the time that is left."""
+        speed = f", {progress.tokens_per_second:.0f} tokens/s" if progress.tokens_per_second else ""
+        left = f", {progress.seconds_left:.0f} s left" if progress.seconds_left is not None else ""
+        part = f"piece {progress.piece + 1}/{progress.pieces}"
+        self._progress(f"calibrate {part}{speed}{left}", progress.done / max(1, progress.total))
 
     def _search(self, text: HeldOutText) -> None:
         """Choose on half of the held-out windows which groups to leave in higher precision; judge on the other half."""
@@ -202,7 +212,7 @@ class QuantizedExport:
         levels = levels_of(recipe)
         plans: dict[Level, QuantizationPlan] = {"recipe": self._plan}
         if len(levels) > 2:
-            plans[levels[1]] = self._calibrate(milder_recipe(recipe), None, "milder").plan
+            plans[levels[1]] = self._calibrate(milder_recipe(recipe), None).plan
         with TemporaryDirectory(prefix="search-", dir=self.work_folder) as folder:
             self._frontier = search_choice(
                 lambda: WindowRunner.from_file(self.unquantized, whole=False, upcast=self._dtype != ir.DataType.FLOAT),

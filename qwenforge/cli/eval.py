@@ -26,8 +26,8 @@ class EvalCommand(Command):
     help: ClassVar[str] = "measure a bundle's perplexity, or its score on tasks"
     description: ClassVar[str] = (
         "Measure a bundle as it runs: the perplexity of a text, window by window, or the score on tasks of "
-        "EleutherAI's lm-evaluation-harness (pip install 'qwenforge[eval]'), by name or from your own task files. Most of the "
-        "harness's tasks download their data."
+        "EleutherAI's lm-evaluation-harness (pip install 'qwenforge[eval]'), by name or from your own task files. Most "
+        "of the harness's tasks download their data."
     )
     example: ClassVar[str] = """
 qwenforge eval ./tiny-bundle --text examples/checkpoints/heldout.txt --window 256
