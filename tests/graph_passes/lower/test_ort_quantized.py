@@ -12,7 +12,12 @@ from qwenforge.errors import UnsupportedError
 from qwenforge.exporter import weights
 from qwenforge.exporter.block_codes import rounded
 from qwenforge.exporter.quantized_weights import quantize
-from qwenforge.graph_passes.functions import MIXTURE_OF_EXPERTS
+from qwenforge.graph_passes.functions import (
+    GROUPED_QUERY_ATTENTION,
+    MIXTURE_OF_EXPERTS,
+    QUANTIZED_ATTENTION,
+    QUANTIZED_EXPERTS,
+)
 from qwenforge.graph_passes.infra import set_weight
 from qwenforge.graph_passes.lower import lower
 from qwenforge.graph_passes.lower.ort_quantized_embedding import TiedQuantizedEmbedding
@@ -214,3 +219,14 @@ def test_projections_of_different_formats_are_not_packed() -> None:
     lowered = lower(model, "ort-cpu")
     assert ops(lowered).count("MatMulNBits") == 2 * ops(lowered).count("GroupQueryAttention") > 0
     assert not [node.name for node in lowered.graph if "qkv_proj" in (node.name or "")]
+
+
+@pytest.mark.parametrize(
+    ("operator", "what"), [(QUANTIZED_ATTENTION, "8-bit key/value cache"), (QUANTIZED_EXPERTS, "FP8")]
+)
+def test_quantized_functions_are_refused_by_name(operator: str, what: str) -> None:
+    model = portable_model(random_model("qwen2_moe"))
+    kind = GROUPED_QUERY_ATTENTION if operator == QUANTIZED_ATTENTION else MIXTURE_OF_EXPERTS
+    next(node for node in model.graph if node.op_type == kind).op_type = operator
+    with pytest.raises(UnsupportedError, match=f"ort-cpu has no .*{what}"):
+        lower(model, "ort-cpu")
