@@ -2,8 +2,8 @@
 
 A quantized weight enters a plan as a dequantization of its codes, so that every rule that concatenates, stacks, slices
 or interleaves weights works on it unchanged; :func:`as_quantized` finds the codes and the scales again behind such
-steps, and a lowering stores those. Codes come from :func:`quantize` (of a plan's floating-point weight and given scales)
-or from a checkpoint that was quantized already.
+steps, and a lowering stores those. Codes come from :func:`quantize` (of a floating-point weight and given scales) or
+from a checkpoint that was quantized already.
 
 Everywhere a matrix is [..., N, K]: N rows, the output channels, and K columns, over which a product sums.
 
@@ -75,8 +75,8 @@ def quantize(
 ) -> QuantizedWeight:
     """``weight`` [..., N, K] rounded to the nearest codes, ties to even, with the given ``scales`` [..., N, G].
 
-    INT8 uses -127..127, INT4 -8..7, UINT4 0..15 and FP8 -448..448; values beyond them saturate. Reading the codes raises
-    UserError when a weight is not finite.
+    INT8 uses -127..127, INT4 -8..7, UINT4 0..15 and FP8 -448..448; values beyond them saturate. Reading the codes
+    raises UserError when a weight is not finite.
     """
     wide = weights.cast(weight, ir.DataType.FLOAT)
     sources = [wide, scales] + ([zero_points] if zero_points is not None else [])

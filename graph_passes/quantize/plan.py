@@ -3,9 +3,9 @@
 A plan names sites (:mod:`qwenforge.graph_passes.quantize.sites`). Its numbers (scales, smoothing factors, and codes
 where a method chose them itself) are tensors by name, mapped from ``plan.safetensors`` beside ``plan.json``:
 
-==================================  =====================  ==============================================================
+==================================  =====================  ============================================================
 name                                shape, dtype           meaning
-==================================  =====================  ==============================================================
+==================================  =====================  ============================================================
 ``{site}.weight_scales``            [N, G] float32         of a linear site's rows N, G groups of columns
 ``{site}.weight_zero_points``       [N, G] float32         whole numbers; only where the choice is asymmetric (uint4)
 ``{site}.weight_codes``             [N, K] int8            whole numbers; only where the method did not round to nearest
@@ -16,7 +16,7 @@ name                                shape, dtype           meaning
 ``{site}.key_scales``               [Hk, D] float32        of a cache site
 ``{site}.value_scales``             [Hk] float32           of a cache site
 ``{site}.smoothing``                see below              factors s that move range from a site's input to its weight
-==================================  =====================  ==============================================================
+==================================  =====================  ============================================================
 
 Smoothing divides what makes a site's input by s and multiplies the columns of every matrix that reads it by s, which
 changes nothing but ranges. It is named after the norm, or the site, whose input channels it is of:
@@ -33,7 +33,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,7 +45,7 @@ from qwenforge.exporter.safetensors_writer import write_safetensors
 
 PLAN_NAME = "plan.json"
 TENSORS_NAME = "plan.safetensors"
-PLAN_VERSION = 1
+PLAN_VERSION: Final = 1
 _DTYPES = {"F32": ir.DataType.FLOAT, "I8": ir.DataType.INT8}
 
 

@@ -182,10 +182,9 @@ def _forwarded(value: ir.Value) -> list[ir.Value]:
     found = [value]
     for current in found:
         for use, index in current.uses():
-            adds_constant = use.op_type == "Add" and weight(use.inputs[1 - index]) is not None
-            if use.op_type in _FORWARDING and not use.domain and index == 0 and (use.op_type != "Add" or adds_constant):
-                found.append(use.outputs[0])
-            elif adds_constant:
+            if use.domain or use.op_type not in _FORWARDING or (index and use.op_type != "Add"):
+                continue
+            if use.op_type != "Add" or weight(use.inputs[1 - index]) is not None:
                 found.append(use.outputs[0])
     return found
 
