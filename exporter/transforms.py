@@ -256,6 +256,24 @@ class Dequantize(RowWise):
         return values
 
 
+@dataclass(frozen=True)
+class RoundScales(RowWise):
+    """float32 scales rounded to what dtype ``to`` can hold, still float32; one that would become 0 is the least."""
+
+    to: ir.DataType
+
+    def shape(self, sources: Sequence[Dims]) -> Dims:
+        return sources[0]
+
+    def apply(self, sources: Sequence[Array]) -> Array:
+        (scales,) = sources
+        if not np.isfinite(scales).all() or (scales <= 0).any():
+            raise ValueError("a scale that is not a positive number")
+        least = np.float32(smallest(self.to))
+        rounded: Array = np.maximum(cast_array(scales, self.to).astype(np.float32), least)
+        return rounded
+
+
 CODE_RANGES = {
     ir.DataType.INT8: (-127, 127),
     ir.DataType.INT4: (-8, 7),
@@ -263,6 +281,11 @@ CODE_RANGES = {
     ir.DataType.FLOAT8E4M3FN: (-448, 448),
 }
 """The numbers that codes use, by dtype; INT8 leaves out -128 to be symmetric."""
+
+
+def smallest(dtype: ir.DataType) -> float:
+    """The smallest positive number of a floating-point ``dtype``."""
+    return float(ml_dtypes.finfo(dtype.numpy()).smallest_subnormal)  # type: ignore[no-untyped-call]
 
 
 def spread_groups(groups: Array, group_size: int, columns: int) -> Array:
@@ -292,7 +315,7 @@ def cast_array(array: Array, to: ir.DataType) -> Array:
         return widened.view(np.float32)
     with np.errstate(over="ignore"):
         result = array.astype(target)
-    if target.itemsize < array.dtype.itemsize or to == ir.DataType.FLOAT16:
+    if to.is_floating_point() and (target.itemsize < array.dtype.itemsize or to == ir.DataType.FLOAT16):
         infinite = np.isinf(result)
         if infinite.any() and not np.isinf(array[infinite]).all():
             raise OverflowError(f"values beyond the range of {to.name}")

@@ -77,6 +77,17 @@ def weight(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None if value is None or value.is_graph_input() else value.const_value
 
 
+def set_weight(model: ir.Model, node: ir.Node, index: int, tensor: ir.TensorProtocol) -> None:
+    """Make ``tensor`` the constant that ``node`` reads as input ``index``; other readers of the old one keep it."""
+    value = node.inputs[index]
+    assert value is not None and value.name is not None
+    if len(value.uses()) == 1 and not value.is_graph_output():
+        value.const_value = tensor
+        value.shape, value.type = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    else:
+        node.replace_input_with(index, add_initializer(model, value.name, tensor))
+
+
 def scalar(value: ir.Value | None) -> float | None:
     """The value's number when it is a constant of one element, else None."""
     array = constant_value(value)

@@ -20,3 +20,7 @@ BFLOAT16 = 3e-2
 FLOAT8 = 4e-2
 """One fused operator with E4M3 activations against the same rounding in float64, relative: a few of a sum's 64 terms
 may fall to the other side of an edge, each by an eighth of itself, and the result is rounded to bf16."""
+
+QUANTIZED_MODEL = 2e-2
+"""Logits of a whole model with quantized activations against the same in float64, relative norm: sums in another order
+put a few activations of a thousand on the other side of a rounding edge, each by one step of 1/127 (E4M3: 1/8)."""
