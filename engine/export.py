@@ -184,7 +184,9 @@ def export_checkpoint(
             writer.add_file(path, name)
         writer.add_json(GENERATION_CONFIG, _generation_config(source))
         _add_accuracy(writer, chosen, report)
-        facts = _facts(source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report)
+        facts = bundle_facts(
+            source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report
+        )
         if isinstance(choice, OrtCudaChoice):
             facts = facts.model_copy(update={"ort_cuda": _ort_cuda(choice, final)})
         if tensorrt is not None:
@@ -344,7 +346,7 @@ def _add_accuracy(writer: BundleWriter, dtype: str, report: VerificationReport |
     )
 
 
-def _facts(
+def bundle_facts(
     source: Checkpoint,
     model: ir.Model,
     target: str,
