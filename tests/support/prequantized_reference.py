@@ -16,8 +16,11 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 
-def reference_weights(folder: Path) -> Tensors:
-    """Every quantized weight [N, K] by name, in the dtype that the format's own software gives it."""
+def reference_weights(folder: Path, *, exact: bool = False) -> Tensors:
+    """Every quantized weight [N, K] by name, in the dtype that the format's own software gives it.
+
+    ``exact``: widen the scales first, so that the software computes in float32 and no product is rounded.
+    """
     from safetensors.torch import load_file
 
     stored = load_file(folder / "model.safetensors")
@@ -32,7 +35,8 @@ def reference_weights(folder: Path) -> Tensors:
     modules: dict[str, Tensors] = {}
     for name, tensor in stored.items():
         module, _, part = name.rpartition(".")
-        modules.setdefault(module, {})[part] = tensor
+        widened = exact and "scale" in part and tensor.is_floating_point()
+        modules.setdefault(module, {})[part] = tensor.float() if widened else tensor
     return {
         f"{module}.weight": one(parts, config)
         for module, parts in modules.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.support.prequantized_checkpoints import Style, awq, compressed_tensors, gptq, modelopt, plain_fp8
+from support.prequantized_checkpoints import Style, awq, compressed_tensors, gptq, modelopt, plain_fp8
 
 _STATIC_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 _TOKEN_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}

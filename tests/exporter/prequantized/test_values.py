@@ -11,9 +11,9 @@ import torch
 from qwenforge.exporter.checkpoint import Checkpoint, CheckpointWeight
 from qwenforge.exporter.quantized_weights import as_quantized
 from qwenforge.exporter.weights import cast, chunks, dims
-from tests.support.prequantized_checkpoints import write_quantized
-from tests.support.prequantized_reference import reference_weights
-from tests.support.prequantized_styles import STYLES
+from support.prequantized_checkpoints import write_quantized
+from support.prequantized_reference import reference_weights
+from support.prequantized_styles import STYLES
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "checkpoints"
 _DTYPES = {
