@@ -437,8 +437,8 @@ def _require_runnable(source: Checkpoint, target: str) -> None:
     """Refuse a quantized checkpoint whose numbers the target does not multiply, before any work."""
     if source.quantized is not None and target == "ort-cpu" and source.quantized.format.weight_format == "fp8":
         raise UnsupportedError(
-            f"{source.folder} holds {source.quantized.format.summary} weights, and ONNX Runtime has no FP8 product on a "
-            "CPU; choose another target, such as portable, or give ort-cpu the unquantized, a GPTQ or an AWQ checkpoint."
+            f"{source.folder} holds {source.quantized.format.summary} weights, and ONNX Runtime has no FP8 product on "
+            "a CPU; choose another target, such as portable, or give ort-cpu the unquantized, a GPTQ or AWQ checkpoint."
         )
 
 

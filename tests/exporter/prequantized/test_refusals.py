@@ -1,4 +1,4 @@
-"""Quantized checkpoints that are refused: one sentence that names the file, the field or tensor, and what is supported."""
+"""Quantized checkpoints that are refused: one sentence that names the file, field or tensor, and what is supported."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+
 from qwenforge.exporter.checkpoint import Checkpoint, CheckpointWeight
 from qwenforge.exporter.quantized_weights import as_quantized
 from qwenforge.exporter.weights import cast, chunks, dims
