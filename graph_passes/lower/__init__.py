@@ -23,7 +23,7 @@ def lowering_rules(
     capacity: int | None = None,
     products: Form = "static",
 ) -> list[FusionPass]:
-    """The rules that follow the portable ones for ``target``, in order; none for ``portable``.
+    """The rules that follow the portable ones for ``target``, in order; for ``portable``, explicit quantization.
 
     Args:
         target: one of ``qwenforge.targets``.
@@ -37,7 +37,9 @@ def lowering_rules(
         UnsupportedError: there is no lowering for ``target``.
     """
     if target == "portable":
-        return []
+        from qwenforge.graph_passes.lower.explicit_quantization import ExplicitDequantize
+
+        return [ExplicitDequantize()]
     if target == "ort-cpu":
         from qwenforge.graph_passes.lower.ort_cpu import ort_cpu_rules
 
