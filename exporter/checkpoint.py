@@ -36,7 +36,8 @@ from qwenforge.exporter.prequantized.read import read_format
 from qwenforge.exporter.quantized_weights import QuantizedWeight
 from qwenforge.exporter.safetensors_header import SafetensorsHeader, StoredTensor, read_header
 from qwenforge.exporter.text_files import read_generation_config, tokenizer_files
-from qwenforge.exporter.weights import DerivedTensor, chunks, concat, stack
+from qwenforge.exporter.transforms import Reshape
+from qwenforge.exporter.weights import DerivedTensor, chunks, concat, dims, stack, substitute
 
 _DTYPES = {
     "F32": ir.DataType.FLOAT,
@@ -85,9 +86,29 @@ class CheckpointWeight(DerivedTensor):
         self.checkpoint_name = name
 
 
+class SealedWeight(DerivedTensor):
+    """A :class:`CheckpointWeight` in a template, which no rule may take apart into codes and scales.
+
+    A layer's copy has other codes, and perhaps none: :func:`~qwenforge.exporter.instantiate.instantiate` exchanges the
+    weight as a whole.
+    """
+
+    whole = True
+
+    def __init__(self, weight: CheckpointWeight) -> None:
+        """The same numbers as ``weight``."""
+        super().__init__(Reshape(dims(weight)), [weight], name=weight.name)
+        self.checkpoint_name = weight.checkpoint_name
+
+
+def sealed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same plan with every quantized weight in it sealed."""
+    return substitute(tensor, lambda leaf: SealedWeight(leaf) if isinstance(leaf, CheckpointWeight) else leaf)
+
+
 def checkpoint_names(tensor: ir.TensorProtocol) -> Iterator[str]:
     """The names of the checkpoint's weights that a plan is made of, repeats included."""
-    if isinstance(tensor, (CheckpointTensor, CheckpointWeight)):
+    if isinstance(tensor, (CheckpointTensor, CheckpointWeight, SealedWeight)):
         yield tensor.checkpoint_name
     elif isinstance(tensor, DerivedTensor):
         for source in tensor.sources:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.exporter.checkpoint import Checkpoint, CheckpointTensor, CheckpointWeight, checkpoint_names
+from qwenforge.exporter.checkpoint import Checkpoint, CheckpointTensor, SealedWeight, checkpoint_names
 from qwenforge.exporter.expected_tensors import EMBEDDING, OUTPUT_HEAD
 from qwenforge.exporter.trace import TracedModel
 from qwenforge.exporter.weights import substitute
@@ -165,7 +165,7 @@ class _Copier:
         if old not in self._values:
             if old.const_value is None:
                 raise RuntimeError(f"value {old.name} is used before it is made")
-            self.initializers.append(self.bind(old, _copied(old, old.name, old.const_value)))
+            self.initializers.append(self.bind(old, _copied(old, old.name, self._unsealed(old.const_value))))
         return self._values[old]
 
     def shared_node(self, node: ir.Node) -> ir.Node:
@@ -219,11 +219,19 @@ class _Copier:
         source = f"model.layers.{self._representative[template]}."
 
         def exchange(leaf: ir.TensorProtocol) -> ir.TensorProtocol:
-            if not isinstance(leaf, (CheckpointTensor, CheckpointWeight)):
+            if not isinstance(leaf, (CheckpointTensor, SealedWeight)):
                 return leaf
             if not leaf.checkpoint_name.startswith(source):
                 return leaf
             return self._checkpoint.tensor(f"model.layers.{layer}.{leaf.checkpoint_name.removeprefix(source)}")
+
+        return substitute(tensor, exchange)
+
+    def _unsealed(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """The same weight expression over the codes and scales of quantized weights."""
+
+        def exchange(leaf: ir.TensorProtocol) -> ir.TensorProtocol:
+            return self._checkpoint.tensor(leaf.checkpoint_name) if isinstance(leaf, SealedWeight) else leaf
 
         return substitute(tensor, exchange)
 

@@ -230,9 +230,15 @@ def _decode(
     matrices = matrix_operations(config, parameters, rows, rows)
     attention = attention_operations(config, rows, 1, past)
     arithmetic = matrices / device.rates[recipe.arithmetic] + attention / device.rates["bf16"]
-    read = recipe.bytes_read(parameters, experts_read(config, rows), rows * config.hidden_size)
-    read += cache_bytes_per_token(config, _CACHE_BYTES[workload.cache]) * rows * (past + 1)
+    read = decode_bytes(config, parameters, workload, recipe)
     return _roofline(arithmetic / devices, read / device.bandwidth / devices)
+
+
+def decode_bytes(config: ModelConfig, parameters: Parameters, workload: Workload, recipe: Recipe) -> float:
+    """Bytes that the last step of a full batch reads: the weights its tokens need, and the whole cache."""
+    rows = workload.max_batch
+    read = recipe.bytes_read(parameters, experts_read(config, rows), rows * config.hidden_size)
+    return read + cache_bytes_per_token(config, _CACHE_BYTES[workload.cache]) * rows * workload.max_length
 
 
 def _roofline(arithmetic: float, memory: float) -> Roofline:
