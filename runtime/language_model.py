@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenforge.chat_template import Message
 from qwenforge.errors import BundleError, UnsupportedError, UserError
 from qwenforge.manifest import Manifest
 from qwenforge.ort_cuda_choice import ORT_CUDA
@@ -19,7 +20,7 @@ from qwenforge.runtime.sampling import Sampler, SamplingOptions
 from qwenforge.runtime.scoring import iterate_logits, log_probabilities
 from qwenforge.runtime.session import GraphSession
 from qwenforge.runtime.stopping import DEFAULT_MAX_NEW_TOKENS, StopStrings
-from qwenforge.runtime.tokenizer import IncrementalDecoder, Message, Tokenizer
+from qwenforge.runtime.tokenizer import IncrementalDecoder, Tokenizer
 
 PREFILL_CHUNK = 512
 """Tokens of a prefill step, unless ``load`` is told otherwise."""
