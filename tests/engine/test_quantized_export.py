@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +22,7 @@ from qwenforge.engine.export import ExportReport, export_checkpoint
 from qwenforge.engine.quantization_request import quantization_request, require_device
 from qwenforge.errors import AccuracyError, UnsupportedError, UserError
 from qwenforge.graph_passes.quantize.plan import QuantizationPlan
+from support.rtn_plan import scale_wrongly
 from support.source_tree import ROOT
 
 CHECKPOINTS = ROOT / "examples/checkpoints"
@@ -64,6 +64,17 @@ def spoil_scales(monkeypatch: pytest.MonkeyPatch, prefix: str, factor: float, *,
         return replace(result, plan=plan)
 
     monkeypatch.setattr(quantized_export, "calibrate", spoiled)
+
+
+def corrupt_scales(monkeypatch: pytest.MonkeyPatch, site_name: str, factor: float) -> None:
+    """Let every quantized model hold the codes of ``site_name`` beside scales ``factor`` times too large."""
+    apply_plan = quantized_export.apply_plan
+
+    def corrupted(model: ir.Model, plan: QuantizationPlan) -> None:
+        apply_plan(model, plan)
+        scale_wrongly(model, site_name, factor)
+
+    monkeypatch.setattr(quantized_export, "apply_plan", corrupted)
 
 
 class Page(HTMLParser):
@@ -173,7 +184,7 @@ def test_page_in_the_bundle_is_whole_and_has_its_plots(tmp_path: Path) -> None:
 def test_one_layer_with_wrong_scales_is_refused_and_named_first(
     layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil_scales(monkeypatch, f"model.layers.{layer}.mlp.down_proj", 4.0)
+    corrupt_scales(monkeypatch, f"model.layers.{layer}.mlp.down_proj", 4.0)
     with pytest.raises(AccuracyError) as refusal:
         quantized(tmp_path / "bundle")
     message = str(refusal.value)
@@ -275,6 +286,3 @@ def test_report_that_cannot_be_written_leaves_nothing_half_done(
         quantized(tmp_path / "bundle", budget="top1=1")
     assert "bundle" not in names(tmp_path)
     assert not [name for name in names(tmp_path) if name.startswith(".bundle.accuracy")]
-
-
-Damage = Callable[[Path], None]
