@@ -165,12 +165,16 @@ class _Run:
                 meter.skip()
                 result = done
             else:
+                self._delete_what_is_not_read()  # what an interrupted run left of this piece, too
                 result = self._piece(index, meter)
-            self._values |= {name: self._folder.stored_value(each) for name, each in result.values.items()}
-            self._forget(index)
+            made = {name: self._folder.stored_value(each) for name, each in result.values.items()}
+            self._values = {
+                name: value for name, value in (self._values | made).items() if self._is_read_after(name, index)
+            }
             if result.mean_loss is not None and self._data is not None:
                 result.warnings += tuple(self._judge(result.mean_loss, require_prediction))
             results.append(result)
+        self._delete_what_is_not_read()
         return results
 
     def _judge(self, mean_loss: float, require_prediction: bool) -> list[str]:
@@ -198,10 +202,10 @@ class _Run:
             self._inputs(linear, values),
         )
         result = layer.run(meter.tell)
-        for cache in caches if self._recipe.cache is not None and values is not None else ():
-            self._cache_scales(cache, values.largest, layer)
-            result.caches += (cache.name,)
         if values is not None:
+            for cache in caches if self._recipe.cache is not None else ():
+                self._cache_scales(cache, values.largest, layer)
+                result.caches += (cache.name,)
             result.mean_loss = values.mean_loss
             result.values = {
                 name: StoredValue(file=value.path.name, shape=value.shape or (), dtype=value.dtype or "")
@@ -222,12 +226,17 @@ class _Run:
         assert self._data is not None
         piece = self._pieces[index]
         made = {str(value.name) for node in piece.graph for value in node.outputs}
-        kept = {name: f"the value {name}" for name in sorted(made) if self._is_read_after(name, index)}
+        kept: dict[str, str] = {}
         for site in linear:
             if self._recipe.choose(site.name, site.role).weight is not None:
-                kept |= {name: f"the input of {site.name}" for name in (_input(site.node, 0),) if name in made}
+                kept.setdefault(_input(site.node, 0), f"the input of {site.name}")
         for each in experts:
-            kept |= {name: f"the input of {each.name}" for name in _expert_inputs(each) if name in made}
+            for name in _expert_inputs(each):
+                kept.setdefault(name, f"the input of {each.name}")
+        for name in sorted(made):
+            if self._is_read_after(name, index):
+                kept.setdefault(name, f"the value {name}")
+        kept = {name: reader for name, reader in kept.items() if name in made}  # the rest is there already
         present = [str(value.name) for cache in caches for value in cache.node.outputs[1:3]]
         meter.tell("loading")
         runnable = RunnablePiece(
@@ -291,9 +300,7 @@ class _Run:
     def _is_read_after(self, name: str, index: int) -> bool:
         return self._last_reader.get(name, -1) > index
 
-    def _forget(self, index: int) -> None:
-        """Delete what no later piece reads."""
-        self._values = {name: value for name, value in self._values.items() if self._is_read_after(name, index)}
+    def _delete_what_is_not_read(self) -> None:
         self._folder.keep_only({value.path.name for value in self._values.values()})
 
 

@@ -87,6 +87,8 @@ def load_calibration_data(
     """
     text = _Text(tokenizer_files)
     stream, size, documents = _tokenized(path, text, limit=_READ_FACTOR * rows * row_length)
+    per_byte = len(stream) / max(1, size)
+    stream = stream[: _READ_FACTOR * rows * row_length]
     source = str(path) if path is not None else "the built-in sample"
     if len(stream) < MIN_TOKENS:
         raise UserError(
@@ -94,7 +96,7 @@ def load_calibration_data(
             f"{MIN_TOKENS}, better {rows * row_length}"
         )
     _refuse_unknown_tokens(stream, vocab_size, source)
-    warnings = [*text.doubts(stream, size, source)]
+    warnings = [*text.doubts(stream, per_byte, source)]
     length = min(row_length, len(stream))
     there = len(stream) // length
     if there < rows:
@@ -107,7 +109,7 @@ def load_calibration_data(
 
 
 def _tokenized(path: Path | None, text: _Text, *, limit: int) -> tuple[Tokens, int, int]:
-    """The token stream, and of how many bytes and documents it is."""
+    """The tokens of documents until there are ``limit``, and of how many bytes and documents they are."""
     parts: list[Tokens] = []
     size = count = documents = 0
     for encoded, length in _encoded(path, text):
@@ -116,7 +118,7 @@ def _tokenized(path: Path | None, text: _Text, *, limit: int) -> tuple[Tokens, i
         if count >= limit:
             break
     stream = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-    return stream[:limit], size, documents
+    return stream, size, documents
 
 
 def _encoded(path: Path | None, text: _Text) -> Iterator[tuple[list[int], int]]:
@@ -176,7 +178,7 @@ class _Text:
         except Exception as error:  # lone surrogates, or a tokenizer that is damaged
             raise UserError(f"{where}: the tokenizer cannot encode the text ({error})") from error
 
-    def doubts(self, stream: Tokens, size: int, source: str) -> Iterator[str]:
+    def doubts(self, stream: Tokens, per_byte: float, source: str) -> Iterator[str]:
         """Signs that this tokenizer was not made for such text.
 
         Raises:
@@ -192,9 +194,9 @@ class _Text:
             )
         if share > _UNKNOWN_REPORTED:
             yield f"{share:.1%} of the tokens of {source} are unknown to the tokenizer"
-        if self._tokenizer.get_vocab_size() > _SMALL_VOCABULARY and len(stream) > _TOKENS_PER_BYTE * size:
+        if self._tokenizer.get_vocab_size() > _SMALL_VOCABULARY and per_byte > _TOKENS_PER_BYTE:
             yield (
-                f"the tokenizer makes {len(stream) / max(1, size):.2f} tokens of a byte of {source}: it may be another "
+                f"the tokenizer makes {per_byte:.2f} tokens of a byte of {source}: it may be another "
                 "model's, or the text in a language it does not know"
             )
 

@@ -64,7 +64,9 @@ class ExpertCalibration:
 
     def column_maxima(self) -> Array:
         """[C], the largest magnitude of each column over all experts' gate and up."""
-        return np.maximum.reduce([np.abs(self.experts.gate_up(each)).max(0) for each in range(self.experts.count)])
+        every = [np.abs(self.experts.gate_up(each)).max(0) for each in range(self.experts.count)]
+        largest: Array = np.maximum.reduce(every)
+        return largest
 
     def output_errors(self, candidates: Sequence[Array]) -> Array:
         """Of gate and up, for each candidate's factors [C], experts weighted by their tokens."""

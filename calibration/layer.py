@@ -5,6 +5,7 @@ Smoothing first, then the scales and codes of the smoothed weights, then the ran
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,8 +140,8 @@ class LayerCalibration:
         errors = np.zeros(len(candidates))
         sample = activation.sample()
         for site in readers:
-            choice = choices[site.name]
-            errors += output_errors(sample, self._matrix(site), spread, lambda matrix, c=choice: rounded(matrix, c))
+            quantized = functools.partial(rounded, choice=choices[site.name])
+            errors += output_errors(sample, self._matrix(site), spread, quantized)
         if experts is not None:
             errors += experts.output_errors(spread)
         return candidates[int(np.argmin(errors))]

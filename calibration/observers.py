@@ -6,6 +6,7 @@ Counts and maxima do not depend on how values are cut into chunks, to the bit; s
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class MagnitudeHistogram:
 
     def percentile(self, percent: float) -> float:
         """The least bin's upper end (at most ``largest``) that ``percent`` of the values do not exceed."""
-        needed = np.ceil(self.count * percent / 100)
+        needed = math.ceil(round(self.count * percent / 100, 6))  # 0.999 * 20000 is a little more than 19980
         place = int(np.searchsorted(np.cumsum(self._counts), needed))
         return min(float(_edges(np.array([place]))[1][0]), self.largest)
 

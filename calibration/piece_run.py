@@ -98,8 +98,8 @@ class PieceRun:
     def _take(self, name: str, value: Array, row: int, found: PieceValues) -> None:
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise UserError(
-                f"{self.kept.get(name, name)} is NaN or infinite in calibration row {row}: the checkpoint is damaged or "
-                "its values leave fp32's range"
+                f"{self.kept.get(name, name)} is NaN or infinite in calibration row {row}: the checkpoint is damaged, "
+                "or its values leave fp32's range"
             )
         if name in self.kept:
             found.spilled[name].append(value)
@@ -124,7 +124,7 @@ class PieceRun:
                 parts.setdefault(name, []).append(value)
         for name, pieces in parts.items():
             self._take(name, np.concatenate(pieces, axis=-2), row, found)
-        return summed / (length - 1)
+        return summed / float(length - 1)
 
     def _feeds(self, row: int, logits_index: Array) -> dict[str, Array]:
         length = self.tokens.shape[1]

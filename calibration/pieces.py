@@ -21,7 +21,7 @@ from qwenforge.exporter.external_data import save_model
 from qwenforge.exporter.leaves import mapped_array, read_blocks
 from qwenforge.exporter.weights import leaves
 from qwenforge.graph_passes.execution import upcast_to_float32
-from qwenforge.graph_passes.quantize.sites import Sites
+from qwenforge.graph_passes.quantize.sites import CacheSite, ExpertSite, LinearSite, Sites
 from qwenforge.graph_passes.segments import split_by_owner
 
 Array = npt.NDArray[Any]
@@ -41,7 +41,9 @@ def split_by_site(model: ir.Model, sites: Sites) -> list[ir.Model]:
         raise GraphError("the graph has no qwenforge::GroupedQueryAttention: bring it to the portable form first.")
     own: dict[ir.Node, int] = {}
     order = {layer: index + 1 for index, layer in enumerate(site.layer for site in sites.caches.values())}
-    for site in (*sites.linear.values(), *sites.experts.values(), *sites.caches.values()):
+    found: list[LinearSite | ExpertSite | CacheSite] = [*sites.linear.values(), *sites.experts.values()]
+    found += sites.caches.values()
+    for site in found:
         own[site.node] = len(order) + 1 if site.layer is None else order[site.layer]
     owner: dict[ir.Node, int] = {}
     for node in model.graph:

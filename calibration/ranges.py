@@ -32,6 +32,7 @@ _MSE_GRID = 160
 _MSE_SMALLEST = 1 / 4096
 _ENTROPY_BINS = 2048
 _ENTROPY_CANDIDATES = 120
+_ENTROPY_LEAST = 1e-4
 
 
 def scale_of(largest: float, number_format: Format) -> float:
@@ -46,7 +47,8 @@ def round_to_codes(scaled: Array, number_format: Format) -> Array:
     if number_format == "fp8":
         rounded: Array = limited.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
         return rounded
-    return np.rint(limited)
+    whole: Array = np.rint(limited)
+    return whole
 
 
 def choose_range(
@@ -99,9 +101,17 @@ def _divergence(counts: Array, end: int, codes: Array) -> float:
     mass = np.bincount(group, weights=inside)
     members = np.bincount(group, weights=filled)
     quantized = np.where(filled, (mass / np.maximum(members, 1))[group], 0.0)
-    needed = saturated > 0
-    if not quantized[needed].all():  # mass saturated into a bin that the quantized values never reach
+    p, q = _without_zeros(saturated), _without_zeros(quantized)
+    if p is None or q is None:
         return float("inf")
-    p = saturated[needed] / saturated.sum()
-    q = quantized[needed] / quantized.sum()
+    p, q = p / p.sum(), q / q.sum()
     return float(np.dot(p, np.log(p / q)))
+
+
+def _without_zeros(counts: Array) -> Array | None:
+    """A little mass moved from the bins that have some to those that have none, as ONNX Runtime does it."""
+    zeros = counts == 0
+    alive = len(counts) - zeros.sum()
+    taken = _ENTROPY_LEAST * zeros.sum() / max(1, alive)
+    moved = np.where(zeros, _ENTROPY_LEAST, counts - taken)
+    return moved if (moved > 0).all() else None

@@ -41,7 +41,8 @@ def tensor_scales(weight: Array, number_format: Format) -> Array:
 def fake_quantized(weight: Array, scales: Array, number_format: Format, group_size: int) -> Array:
     """The values that codes rounded to nearest stand for, [N, K] float32."""
     spread = spread_groups(scales, group_size, weight.shape[1])
-    return round_to_codes(weight / spread, number_format) * spread
+    values: Array = round_to_codes(weight / spread, number_format) * spread
+    return values
 
 
 def clipped_scales(weight: Array, mean_squares: Array, number_format: Format, group_size: int) -> Array:
@@ -81,4 +82,5 @@ def _largest(weight: Array, group_size: int) -> Array:
 
 def _scales(largest: Array, number_format: Format) -> Array:
     scales = largest / np.float32(LARGEST[number_format])
-    return np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    positive: Array = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
+    return positive
