@@ -1,8 +1,8 @@
 """Quantized matrices as ``DequantizeLinear`` nodes in front of their products: codes and scales are what is stored.
 
 The matrix of a product is [K, N]. INT8 and FP8 rows of the checkpoint's [N, K] have one scale each, so that the scales
-are [N] along axis 1; groups of columns have blocked scales [K / group, N] along axis 0. Scales are of the model's dtype,
-which is the dtype that strongly typed networks give the result of the node.
+are [N] along axis 1; groups of columns have blocked scales [K / group, N] along axis 0. Scales are of the model's
+dtype, which is the dtype that strongly typed networks give the result of the node.
 """
 
 from __future__ import annotations

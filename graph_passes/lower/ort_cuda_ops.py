@@ -44,6 +44,11 @@ class CustomExperts(PluginExperts):
 
     name: ClassVar[str] = "ort_cuda_experts"
 
+    def place(self, inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+        """Each input at its place in the op.yaml; those that are absent at the end are left out."""
+        last = max(index for index, value in enumerate(inputs) if value is not None)
+        return inputs[: last + 1]
+
     def node_attributes(
         self, spec: op_spec.OpSpec, fields: dict[str, int | float], node: ir.Node
     ) -> dict[str, int | float | str]:

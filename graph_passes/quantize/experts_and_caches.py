@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qwenforge.errors import GraphError
 from qwenforge.graph_passes.functions import QUANTIZED_ATTENTION, QUANTIZED_EXPERTS, register_function
 from qwenforge.graph_passes.infra import add_initializer, static_dim, weight
+from qwenforge.graph_passes.quantize.activations import rounded_scale
 from qwenforge.graph_passes.quantize.sites import CacheSite, ExpertSite
 
 Scales = npt.NDArray[np.float32]
@@ -23,12 +24,20 @@ _PAST, _PRESENT = (3, 4), (1, 2)
 
 
 def quantize_tokens(model: ir.Model, site: ExpertSite, scales: Scales) -> None:
-    """Let the experts of ``site`` round their tokens and activated channels to E4M3; ``scales`` [1 + E]."""
+    """Let the experts of ``site`` round their tokens and activated channels to E4M3; ``scales`` [1 + E].
+
+    The scales are rounded to the tokens' dtype, as those in front of products are.
+    """
     gate_up = weight(site.node.inputs[2])
     assert gate_up is not None
     _require(f"{site.name}.activation_scales", scales, (1 + gate_up.shape.numpy()[0],))
+    tokens = site.node.inputs[0]
+    if tokens is None or tokens.dtype is None:
+        raise GraphError(f"the tokens of {site.name} have no known type to quantize.")
+    kind = tokens.dtype
+    rounded = np.array([rounded_scale(float(scale), kind).astype(np.float32) for scale in scales])
     site.node.op_type = QUANTIZED_EXPERTS
-    _append(model, site.node, f"{site.name}.activation_scales", scales)
+    _append(model, site.node, f"{site.name}.activation_scales", rounded)
     register_function(model, QUANTIZED_EXPERTS)
 
 

@@ -47,7 +47,7 @@ class Lowerings:
     def write(
         self, folder: Path, choice: TensorRTChoice, *, weight_inputs: bool, plan: QuantizationPlan | None = None
     ) -> LoweredFile:
-        """Write ``folder``/model.onnx, quantized by ``plan``; ``weight_inputs``: its matrices are inputs, never read."""
+        """Write ``folder``/model.onnx, quantized by ``plan``; ``weight_inputs``: matrices are inputs, never read."""
         with no_weight_is_read():
             portable = instantiate(self._fused, self._traced, self._source)
             if plan is not None:
