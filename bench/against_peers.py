@@ -229,7 +229,8 @@ def _print_table(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     settings = report["settings"]
-    title = f"{settings['geometry']}, {settings['bits']} bits, {settings['threads']} threads, {settings['rounds']} rounds: median \\[min-max]"
+    what = f"{settings['geometry']}, {settings['bits']} bits, {settings['threads']} threads"
+    title = f"{what}, {settings['rounds']} rounds: median \\[min-max]"
     table = Table(title=title, caption=f"ratios are qwenforge's figure over this engine's; {settings['peer']}")
     for column in (
         "engine",

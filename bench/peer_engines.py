@@ -10,12 +10,13 @@ from typing import Any
 from qwenforge.bench.geometries import GEOMETRIES
 from qwenforge.bench.peers import genai, llama
 from qwenforge.bench.rounded_export import Rounding, export_rounded
+from qwenforge.engine.ort_cpu_graphs import Optimize
 
 BITS = (32, 8, 4)
 OURS = "qwenforge"
 MAX_LENGTH = 2048
 
-_ROUNDINGS = {
+_ROUNDINGS: dict[int, dict[str, tuple[Rounding, Optimize]]] = {
     4: {
         OURS: (Rounding(4, 128, 8, None), "latency"),
         f"{OURS}, one graph": (Rounding(4, 128, 8, None), "memory"),

@@ -20,6 +20,7 @@ once.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -107,6 +108,8 @@ def save_graphs(graphs: CpuGraphs, folder: Path, *, progress: Progress | None = 
     for value in graphs.prefill.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = written.get(weights.plan_key(value.const_value)) or value.const_value
-    shared = {decode.data.path: decode.data.path.name} if decode.data is not None else {}
+    shared: dict[str | os.PathLike[str], str] = (
+        {decode.data.path: decode.data.path.name} if decode.data is not None else {}
+    )
     prefill = save_model(graphs.prefill, folder / PREFILL_NAME, progress=progress, link=shared)
     return SavedGraphs(decode, prefill)

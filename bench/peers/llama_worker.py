@@ -18,6 +18,9 @@ CONTEXT = 2048
 """Tokens of the cache, as many as a qwenforge bundle of the comparison allows."""
 
 
+_ERROR = 4  # ggml_log_level in ggml.h
+
+
 class Engine:
     """A loaded model with one context."""
 
@@ -25,6 +28,8 @@ class Engine:
         import llama_cpp  # type: ignore[import-not-found]
 
         self._library = llama_cpp
+        self._log = llama_cpp.llama_log_callback(_tell_errors)  # kept alive as long as the library may call it
+        llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         if not model:
@@ -53,6 +58,11 @@ class Engine:
         logits = self._library.llama_get_logits_ith(self._context, -1)
         pointer = ctypes.cast(logits, ctypes.POINTER(ctypes.c_float))
         return int(np.ctypeslib.as_array(pointer, (self._vocabulary,)).argmax())
+
+
+def _tell_errors(level: int, text: bytes, _: Any) -> None:
+    if level == _ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
 
 
 def main() -> None:
