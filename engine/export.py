@@ -142,6 +142,7 @@ def export_checkpoint(
     """
     clock = _Clock(progress)
     source = Checkpoint.open(Path(checkpoint))
+    _require_runnable(source, target)
     if choice is None:
         choice = choose(target)
     tensorrt = choice if isinstance(choice, TensorRTChoice) else None
@@ -502,8 +503,19 @@ def _reference(dtype: str) -> str:
     return "transformers fp32" if dtype == "fp32" else f"transformers fp32, weights rounded to {dtype}"
 
 
+def _require_runnable(source: Checkpoint, target: str) -> None:
+    """Refuse a quantized checkpoint whose numbers the target does not multiply, before any work."""
+    if source.quantized is not None and target == "ort-cpu" and source.quantized.format.weight_format == "fp8":
+        raise UnsupportedError(
+            f"{source.folder} holds {source.quantized.format.summary} weights, and ONNX Runtime has no FP8 product on "
+            "a CPU; choose another target, such as portable, or give ort-cpu the unquantized, a GPTQ or AWQ checkpoint."
+        )
+
+
 def _stored_dtype(source: Checkpoint) -> str:
-    """The dtype of most of the checkpoint's bytes."""
+    """The dtype of most of the checkpoint's bytes, or how its weights are quantized."""
+    if source.quantized is not None:
+        return source.quantized.format.summary
     sizes: dict[str, int] = {}
     for tensor in map(source.tensor, source.names):
         name = tensor.dtype.numpy().name
