@@ -58,7 +58,10 @@ def levels_of(recipe: Recipe) -> tuple[Level, ...]:
 
 
 def milder_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the level between ``recipe`` and ``keep``, where there is one; it needs no text."""
+    """The recipe of the level between ``recipe`` and ``keep``, where there is one; it needs no text.
+
+    The cache is left to the plan of ``recipe``.
+    """
     if recipe.weight == "int4":
         return recipe.changed(
             weight="int8",
@@ -67,8 +70,9 @@ def milder_recipe(recipe: Recipe) -> Recipe:
             smoothing=None,
             clipping=False,
             rounding="nearest",
+            cache=None,
         )
-    return recipe.changed(activation=None, smoothing=None)
+    return recipe.changed(activation=None, smoothing=None, cache=None)
 
 
 def mixed_plan(plans: Mapping[Level, QuantizationPlan], choice: Choice) -> QuantizationPlan:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from qwenforge.calibration.recipes import Recipe
 from qwenforge.exporter import weights
-from qwenforge.graph_passes.infra import weight
+from qwenforge.exporter.quantized_weights import as_quantized
+from qwenforge.graph_passes.infra import set_weight, weight
 from qwenforge.graph_passes.quantize.plan import QuantizationPlan, SitePlan
 from qwenforge.graph_passes.quantize.sites import find_sites
 
@@ -49,3 +51,13 @@ def rtn_plan(
                 assert matrix is not None
                 add(name, kind, matrix, plan)
     return QuantizationPlan(recipe.name, sites, {}, (), tensors)
+
+
+def scale_wrongly(model: ir.Model, site_name: str, factor: float) -> None:
+    """Leave the codes of a linear site as they are, beside scales ``factor`` times theirs."""
+    site = find_sites(model).linear[site_name]
+    found = as_quantized(weights.transpose(site.weight, (1, 0)))
+    assert found is not None
+    scales = ir.tensor(np.float32(factor) * np.asarray(found.scales.numpy(), np.float32), name="wrong_scales")
+    wrong = replace(found, scales=scales).dequantized(site.weight.dtype)
+    set_weight(model, site.node, 1, weights.transpose(wrong, (1, 0)))
