@@ -45,7 +45,7 @@ class Budget:
         return asdict(self)
 
 
-EIGHT_BITS = Budget(kl=0.005, ppl=1.005, top1=0.97)
+EIGHT_BITS = Budget(kl=0.005, ppl=1.005, top1=0.96)
 EIGHT_BITS_ACTIVATIONS = Budget(kl=0.02, ppl=1.02, top1=0.95)
 FOUR_BITS = Budget(kl=0.1, ppl=1.1, top1=0.85)
 

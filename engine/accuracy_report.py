@@ -32,7 +32,6 @@ class QuantizationOutcome:
         unquantized_bytes, quantized_bytes: of weights, in the unquantized portable model and as lowered.
         calibrated_on: the text; None where the recipe needs none.
         coverage: by expert site, the tokens that each of its experts was given in calibration.
-        expert_floor: below it an expert's scales come from its weights alone.
         warnings: what calibration and the reading of texts found doubtful, a sentence each.
         frontier: size and accuracy of the choices that ``--auto`` weighed; None without it.
     """
@@ -48,14 +47,14 @@ class QuantizationOutcome:
     quantized_bytes: int
     calibrated_on: str | None
     coverage: Mapping[str, tuple[int, ...]]
-    expert_floor: int
     warnings: tuple[str, ...]
     frontier: Frontier | None = None
 
     @property
     def missed(self) -> list[str]:
-        """What is beyond the budget, each as half a sentence."""
-        return self.budget.missed(self.run.distributions)
+        """What is beyond the budget, each as half a sentence; of the worse one where there are several graphs."""
+        found = [missed for figures in self.run.graphs.values() if (missed := self.budget.missed(figures))]
+        return max(found, key=len, default=[])
 
     def refusal(self, report: str) -> str:
         """Why no bundle is written, in one sentence with the three worst layers; ``report`` says where more is."""
@@ -113,11 +112,12 @@ class QuantizationOutcome:
             },
             "method": run.method,
             "accuracy": run.distributions.to_json(),
+            "graphs": {name: figures.to_json() for name, figures in run.graphs.items()},
             "budget": self.budget.to_json(),
             "missed": self.missed,
             "layers": [layer.to_json() for layer in run.layers],
             "worst_layers": [layer.name for layer in run.worst()],
-            "expert_floor": self.expert_floor,
+            "expert_floor": self.recipe.expert_floor,
             "expert_tokens": {site: list(counts) for site, counts in self.coverage.items()},
             "bytes": {"unquantized": self.unquantized_bytes, "quantized": self.quantized_bytes},
             "warnings": list(self.warnings),

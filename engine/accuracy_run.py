@@ -12,7 +12,7 @@ that behind all quantized layers before it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class AccuracyRun:
     """What was measured.
 
     Attributes:
-        distributions: over the whole held-out text.
+        graphs: by the lowered graph's file, the figures over the whole held-out text.
         layers: in order.
         method: whether both models ran whole or layer by layer.
         source: what the held-out text is.
@@ -49,13 +49,18 @@ class AccuracyRun:
         overlapping: windows of the text left out because they share text with the calibration.
     """
 
-    distributions: DistributionAccuracy
+    graphs: Mapping[str, DistributionAccuracy]
     layers: tuple[LayerAccuracy, ...]
     method: str
     source: str
     windows: int
     window_tokens: int
     overlapping: int
+
+    @property
+    def distributions(self) -> DistributionAccuracy:
+        """The figures of the graph that diverges most."""
+        return max(self.graphs.values(), key=lambda figures: figures.mean_kl)
 
     def worst(self, count: int = 3) -> list[LayerAccuracy]:
         """The layers with the largest error of their own, worst first."""
@@ -64,13 +69,14 @@ class AccuracyRun:
 
 def measure(
     reference: Path,
-    quantized: Path,
+    quantized: Sequence[Path],
     fake_quantized: ir.Model,
     text: HeldOutText,
     *,
     whole: bool,
     upcast_reference: bool,
     upcast_quantized: bool,
+    session_options: Mapping[str, str],
     work_folder: Path,
     progress: Progress | None = None,
 ) -> AccuracyRun:
@@ -78,11 +84,12 @@ def measure(
 
     Args:
         reference: the unquantized portable model beside its data.
-        quantized: the quantized model as lowered for its target, beside its data.
+        quantized: the quantized model as lowered for its target, beside its data; several graphs are judged each.
         fake_quantized: the portable model with its plan applied; lazy weights are streamed, a layer at a time.
         text: the held-out windows.
         whole: keep both models in memory.
         upcast_reference, upcast_quantized: compute in fp32 what the model computes in 16 bits.
+        session_options: those that the quantized model will run with.
         work_folder: where pieces of ``fake_quantized`` are written while they are being read.
         progress: told what is going on.
 
@@ -96,12 +103,28 @@ def measure(
         text.windows[:LAYER_WINDOWS],
         tell,
     )
-    comparison = compare_distributions(
-        WindowRunner.from_file(reference, whole=whole, upcast=upcast_reference),
-        WindowRunner.from_file(quantized, whole=whole, upcast=upcast_quantized, prepacked=True),
-        text.windows,
-        tell,
+    graphs: dict[str, DistributionAccuracy] = {}
+    for path in quantized:
+        comparison = compare_distributions(
+            WindowRunner.from_file(reference, whole=whole, upcast=upcast_reference),
+            WindowRunner.from_file(path, whole=whole, upcast=upcast_quantized, options=session_options),
+            text.windows,
+            tell,
+        )
+        _require_finite(comparison, layers)
+        graphs[path.name] = comparison.result()
+    return AccuracyRun(
+        graphs=graphs,
+        layers=tuple(layers),
+        method="whole-model" if whole else "layer-by-layer",
+        source=text.source,
+        windows=len(text.windows),
+        window_tokens=text.windows.shape[1],
+        overlapping=text.overlapping,
     )
+
+
+def _require_finite(comparison: DistributionComparison, layers: Sequence[LayerAccuracy]) -> None:
     if comparison.non_finite is not None:
         broken = next((layer.name for layer in layers if not layer.finite), None)
         place = (
@@ -111,15 +134,6 @@ def measure(
             f"logits {comparison.non_finite} are not finite ({place}); no bundle was written. Leave that layer in "
             "higher precision with --override, or check the checkpoint's weights."
         )
-    return AccuracyRun(
-        distributions=comparison.result(),
-        layers=tuple(layers),
-        method="whole-model" if whole else "layer-by-layer",
-        source=text.source,
-        windows=len(text.windows),
-        window_tokens=text.windows.shape[1],
-        overlapping=text.overlapping,
-    )
 
 
 def compare_distributions(

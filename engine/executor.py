@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,12 @@ from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
 from qwenforge.graph_passes.segments import split_by_layer
 
 Array = npt.NDArray[np.generic]
+
+MAPPED_WEIGHTS: Mapping[str, str] = MappingProxyType({"session.disable_prepacking": "1"})
+"""Session configuration with which weights stay mapped from the data file: prepacking copies them into memory.
+
+Not for a quantized graph, whose kernels compute in another way, and very slowly, without prepacking.
+"""
 
 
 class StepExecutor:
@@ -106,25 +113,18 @@ class StepExecutor:
             path.unlink(missing_ok=True)
 
 
-def open_session(path: Path, *, prepacked: bool = False) -> Any:
-    """A session of the model at ``path`` on the CPU.
-
-    Args:
-        path: the model.
-        prepacked: kernels may copy weights into a layout of their own, as they do when the bundle is used; otherwise
-            weights stay mapped from their file, and a kernel for quantized weights may compute in another way.
-    """
+def open_session(path: Path, options: Mapping[str, str] = MAPPED_WEIGHTS) -> Any:
+    """A session of the model at ``path`` on the CPU, with ``options`` as its configuration entries."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = 3
     # Spinning threads would take the processor from the reference, which runs in turns with this.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    if not prepacked:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    for name, value in {"session.intra_op.allow_spinning": "0", **options}.items():
+        session_options.add_session_config_entry(name, value)
+    session_options.enable_cpu_mem_arena = False
+    session_options.enable_mem_pattern = False
+    return onnxruntime.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
 
 
 def run_session(session: Any, values: Mapping[str, Array]) -> dict[str, Array]:

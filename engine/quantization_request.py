@@ -11,6 +11,7 @@ from qwenforge.calibration import recipes
 from qwenforge.calibration.budget import Budget, default_budget, parse_budget
 from qwenforge.calibration.recipes import Recipe
 from qwenforge.devices import Device
+from qwenforge.engine.ort_cpu_graphs import Optimize
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class QuantizationRequest:
         calibration_rows: rows of it at most; None for the default.
         heldout_data: text to judge by; None for the built-in held-out sample.
         auto: search the sites to leave in higher precision so that the budget holds.
+        optimize: what an ort-cpu bundle's graphs are for (:mod:`qwenforge.engine.ort_cpu_graphs`).
         work_folder: where calibration keeps its state; None for a hidden folder beside the output.
     """
 
@@ -33,6 +35,7 @@ class QuantizationRequest:
     calibration_rows: int | None = None
     heldout_data: Path | None = None
     auto: bool = False
+    optimize: Optimize = "latency"
     work_folder: Path | None = None
 
 
@@ -46,6 +49,7 @@ def quantization_request(
     calibration_rows: int | None = None,
     heldout_data: Path | None = None,
     auto: bool = False,
+    optimize: Optimize = "latency",
     work_folder: Path | None = None,
 ) -> QuantizationRequest:
     """The request that these command-line arguments make; ``recipe`` is a name or a ``.json`` file.
@@ -66,6 +70,7 @@ def quantization_request(
         calibration_rows=calibration_rows,
         heldout_data=heldout_data,
         auto=auto,
+        optimize=optimize,
         work_folder=work_folder,
     )
 

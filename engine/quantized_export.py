@@ -9,9 +9,10 @@ the same command takes up calibration where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +20,17 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from qwenforge.calibration.calibrate import CalibrationResult, calibrate
-from qwenforge.calibration.data import ROW_LENGTH, ROWS, load_calibration_data
+from qwenforge.calibration.data import ROW_LENGTH, ROWS, CalibrationData, load_calibration_data
 from qwenforge.calibration.heldout import HeldOutText, load_heldout
-from qwenforge.engine.accuracy_run import AccuracyRun, measure
+from qwenforge.calibration.progress import Progress as CalibrationProgress
+from qwenforge.calibration.recipes import Recipe
+from qwenforge.calibration.sensitivity import Frontier, Level, levels_of, milder_recipe, mixed_plan, overrides_of
+from qwenforge.engine.accuracy_report import QuantizationOutcome
+from qwenforge.engine.accuracy_run import measure
+from qwenforge.engine.auto_search import search_choice
 from qwenforge.engine.quantization_request import QuantizationRequest
 from qwenforge.engine.verification import fits_whole
+from qwenforge.engine.window_runner import WindowRunner
 from qwenforge.errors import UserError
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.external_data import save_model
@@ -67,6 +74,13 @@ class QuantizedExport:
         self._dtype = dtype
         self._max_length = max_length
         self._progress = progress
+        self._recipe = request.recipe
+        self._warnings: tuple[str, ...] = ()
+        self._calibrated_on: str | None = None
+        self._frontier: Frontier | None = None
+        self._plan: QuantizationPlan
+        self._text: HeldOutText
+        self._result: CalibrationResult
 
     def save_unquantized(self) -> int:
         """Write the unquantized portable model, unless this very model is there already; returns its weights' bytes."""
@@ -95,70 +109,139 @@ class QuantizedExport:
         stamp.write_text(json.dumps({"made_of": made_of, "bytes": size}) + "\n", encoding="utf-8")
         return size
 
-    def calibrate(self) -> tuple[CalibrationResult, HeldOutText]:
-        """Calibrate the unquantized model, taking up what an earlier run left, and read the text to judge it by.
+    def calibrated(self) -> ir.Model:
+        """The quantized portable model: calibrated, taking up what an earlier run left, and with ``--auto`` searched.
 
         Raises:
-            UserError: a text is unusable, or the model is.
+            UserError: a text is unusable, or no choice holds the budget.
         """
-        source, request = self._source, self.request
-        vocabulary = source.config.vocab_size
-        data = None
-        if request.recipe.needs_data or request.calibration_data is not None:
-            data = load_calibration_data(
-                request.calibration_data,
-                source.tokenizer_files,
-                vocab_size=vocabulary,
-                rows=request.calibration_rows or ROWS,
-                row_length=min(ROW_LENGTH, self._max_length),
-            )
+        request = self.request
+        data = self._calibration_data()
+        self._calibrated_on = data.source if data is not None else None
         # Before hours of calibration, not after.
         text = load_heldout(
             request.heldout_data,
-            source.tokenizer_files,
-            vocab_size=vocabulary,
+            self._source.tokenizer_files,
+            vocab_size=self._source.config.vocab_size,
             max_length=self._max_length,
             calibration=data.tokens if data is not None else None,
         )
-        result = calibrate(self._build(), request.recipe, data, work_folder=self.work_folder, progress=self._progress)
-        return result, text
+        result = self._calibrate(request.recipe, data)
+        self._result = result
+        self._warnings = (*(data.warnings if data is not None else ()), *result.warnings)
+        self._plan, self._text = result.plan, text
+        if request.auto:
+            self._search(text)
+        return self._quantized(self._plan)
 
-    def quantized(self, plan: QuantizationPlan) -> ir.Model:
+    def judge(
+        self,
+        lowered: Sequence[Path],
+        *,
+        target: str,
+        dtype: str,
+        unquantized_bytes: int,
+        quantized_bytes: int,
+        session_options: Mapping[str, str],
+    ) -> QuantizationOutcome:
+        """Compare each of the ``lowered`` graphs, beside its data, with the unquantized model.
+
+        Raises:
+            VerificationError: the budget is missed (see :meth:`QuantizationOutcome.missed`), or a logit is not finite.
+        """
+        half = self._dtype != ir.DataType.FLOAT
+        with TemporaryDirectory(prefix="pieces-", dir=self.work_folder) as pieces:
+            run = measure(
+                self.unquantized,
+                lowered,
+                self._quantized(self._plan),
+                self._text,
+                whole=fits_whole(self._source),
+                upcast_reference=half,
+                # ONNX Runtime has no bf16 kernels on the CPU; in fp16 the model runs as it will.
+                upcast_quantized=self._dtype == ir.DataType.BFLOAT16,
+                session_options=session_options,
+                work_folder=Path(pieces),
+                progress=self._progress,
+            )
+        return QuantizationOutcome(
+            model=self._source.folder.resolve().name,
+            target=target,
+            dtype=dtype,
+            recipe=self._recipe,
+            plan=self._plan,
+            run=run,
+            budget=self.request.budget,
+            unquantized_bytes=unquantized_bytes,
+            quantized_bytes=quantized_bytes,
+            calibrated_on=self._calibrated_on,
+            coverage={each.site: each.tokens for each in self._result.coverage},
+            warnings=self._warnings,
+            frontier=self._frontier,
+        )
+
+    def _calibration_data(self) -> CalibrationData | None:
+        request = self.request
+        if not request.recipe.needs_data and request.calibration_data is None:
+            return None
+        return load_calibration_data(
+            request.calibration_data,
+            self._source.tokenizer_files,
+            vocab_size=self._source.config.vocab_size,
+            rows=request.calibration_rows or ROWS,
+            row_length=min(ROW_LENGTH, self._max_length),
+        )
+
+    def _calibrate(self, recipe: Recipe, data: CalibrationData | None) -> CalibrationResult:
+        # A folder for each recipe and text: a second attempt with other settings must not meet the first one's state.
+        settings = recipe.to_json() + (data.fingerprint() if data is not None else "")
+        folder = self.work_folder / f"calibration-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+        return calibrate(self._build(), recipe, data, work_folder=folder, progress=self._calibrating)
+
+    def _calibrating(self, progress: CalibrationProgress) -> None:
+        """Pass on calibration's progress, its speed and the time that is left."""
+        speed = f", {progress.tokens_per_second:.0f} tokens/s" if progress.tokens_per_second else ""
+        left = f", {progress.seconds_left:.0f} s left" if progress.seconds_left is not None else ""
+        part = f"piece {progress.piece + 1}/{progress.pieces}"
+        self._progress(f"calibrate {part}{speed}{left}", progress.done / max(1, progress.total))
+
+    def _search(self, text: HeldOutText) -> None:
+        """Choose on half of the held-out windows which groups to leave in higher precision; judge on the other half."""
+        choosing, self._text = text.halves()
+        recipe = self.request.recipe
+        levels = levels_of(recipe)
+        plans: dict[Level, QuantizationPlan] = {"recipe": self._plan}
+        if len(levels) > 2:
+            plans[levels[1]] = self._calibrate(milder_recipe(recipe), None).plan
+        with TemporaryDirectory(prefix="search-", dir=self.work_folder) as folder:
+            self._frontier = search_choice(
+                lambda: WindowRunner.from_file(self.unquantized, whole=False, upcast=self._dtype != ir.DataType.FLOAT),
+                self._quantized,
+                plans,
+                levels,
+                choosing.windows,
+                self.request.budget,
+                work_folder=Path(folder),
+                progress=self._progress,
+            )
+        self._plan = mixed_plan(plans, self._frontier.choice)
+        self._recipe = recipe.override(*overrides_of(self._frontier.choice))
+
+    def _quantized(self, plan: QuantizationPlan) -> ir.Model:
         """A new portable model with ``plan`` applied; its weights are lazy."""
         model = self._build()
         apply_plan(model, plan)
         return model
 
-    def measure(self, plan: QuantizationPlan, lowered: Path, text: HeldOutText) -> AccuracyRun:
-        """Compare the ``lowered`` model, beside its data, with the unquantized one.
-
-        Raises:
-            VerificationError: a logit is not finite.
-        """
-        half = self._dtype != ir.DataType.FLOAT
-        with TemporaryDirectory(prefix="pieces-", dir=self.work_folder) as pieces:
-            return measure(
-                self.unquantized,
-                lowered,
-                self.quantized(plan),
-                text,
-                whole=fits_whole(self._source),
-                upcast_reference=half,
-                # ONNX Runtime has no bf16 kernels on the CPU; in fp16 the model runs as it will.
-                upcast_quantized=self._dtype == ir.DataType.BFLOAT16,
-                work_folder=Path(pieces),
-                progress=self._progress,
-            )
-
 
 @contextmanager
-def kept_work_folder(asked: Path | None, output: Path) -> Iterator[Path]:
+def kept_work_folder(request: QuantizationRequest, output: Path) -> Iterator[Path]:
     """The work folder, made if need be; deleted, unless the user named it, when nothing was raised inside.
 
     Raises:
         UserError: as raised inside, with the folder's name added; or the folder cannot be made.
     """
-    folder = asked if asked is not None else default_work_folder(output)
+    folder = request.work_folder or default_work_folder(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -166,9 +249,12 @@ def kept_work_folder(asked: Path | None, output: Path) -> Iterator[Path]:
     try:
         yield folder
     except UserError as error:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+            raise
         resumes = f"; what was calibrated is kept in {folder}, where the next export takes it up."
         raise type(error)(str(error).rstrip(".") + resumes) from error
-    if asked is None:
+    if request.work_folder is None:
         shutil.rmtree(folder)
 
 

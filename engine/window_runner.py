@@ -8,7 +8,7 @@ all windows at once would outweigh the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.engine.executor import open_session, run_session
+from qwenforge.engine.executor import MAPPED_WEIGHTS, open_session, run_session
 from qwenforge.engine.free_memory import give_back_freed_memory
 from qwenforge.engine.weight_inputs import attach_weight_inputs
 from qwenforge.exporter.external_data import save_model
@@ -40,9 +40,9 @@ class Piece:
         layer: ``model.layers.3``; None for what precedes the layers, the rest, or a whole model.
     """
 
-    def __init__(self, model: ir.Model, *, streamed: bool, prepacked: bool, folder: Path) -> None:
+    def __init__(self, model: ir.Model, *, streamed: bool, options: Mapping[str, str], folder: Path) -> None:
         self.model = model
-        self._prepacked = prepacked
+        self._options = options
         self._streamed = streamed
         self._folder = folder
         found = (_LAYER.match(node.name or "") for node in model.graph)
@@ -70,7 +70,7 @@ class Piece:
                 save_model(self.model, path)
             else:
                 ir.save(self.model, path)
-            session = open_session(path, prepacked=self._prepacked)
+            session = open_session(path, self._options)
         finally:
             path.unlink(missing_ok=True)
             data.unlink(missing_ok=True)  # what a session has mapped stays readable
@@ -100,31 +100,39 @@ class WindowRunner:
         folder: where pieces are written while they are being read; for a model from a file, the folder of its data.
         whole: in one piece.
         streamed: False where every large weight is in a file of ``folder`` already.
-        prepacked: see :func:`~qwenforge.engine.executor.open_session`.
+        options: session configuration.
     """
 
     def __init__(
-        self, model: ir.Model, folder: Path, *, whole: bool, streamed: bool = True, prepacked: bool = False
+        self,
+        model: ir.Model,
+        folder: Path,
+        *,
+        whole: bool,
+        streamed: bool = True,
+        options: Mapping[str, str] = MAPPED_WEIGHTS,
     ) -> None:
         models = [model] if whole else split_by_layer(model)
-        self.pieces = [Piece(piece, streamed=streamed, prepacked=prepacked, folder=folder) for piece in models]
+        self.pieces = [Piece(piece, streamed=streamed, options=options, folder=folder) for piece in models]
 
     @classmethod
-    def from_file(cls, path: Path, *, whole: bool, upcast: bool = False, prepacked: bool = False) -> WindowRunner:
+    def from_file(
+        cls, path: Path, *, whole: bool, upcast: bool = False, options: Mapping[str, str] = MAPPED_WEIGHTS
+    ) -> WindowRunner:
         """The model at ``path``; nodes of TensorRT and of our plugins run from their reference bodies.
 
         Args:
             path: ``model.onnx`` beside its data.
             whole: in one piece.
             upcast: compute in fp32 what the model computes in 16 bits.
-            prepacked: see :func:`~qwenforge.engine.executor.open_session`.
+            options: session configuration.
         """
         model = ir.load(path)
         attach_weight_inputs(model, path.parent)
         expand_target_nodes(model)
         if upcast:
             upcast_to_float32(model, cast_weights_in_graph=True)
-        return cls(model, path.parent, whole=whole, streamed=False, prepacked=prepacked)
+        return cls(model, path.parent, whole=whole, streamed=False, options=options)
 
     @classmethod
     def in_fp32(cls, model: ir.Model, folder: Path) -> WindowRunner:
@@ -133,20 +141,34 @@ class WindowRunner:
             upcast_to_float32(model)
         return cls(model, folder, whole=False)
 
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Piece]) -> WindowRunner:
+        """A model put together of pieces that follow on each other."""
+        runner = cls.__new__(cls)
+        runner.pieces = list(pieces)
+        return runner
+
     def logits(self, windows: Windows) -> Iterator[npt.NDArray[np.float32]]:
         """Logits [S, V] of each of ``windows``, one after the other; all but the last piece runs before the first."""
-        rows = window_values(windows)
-        for index, piece in enumerate(self.pieces[:-1]):
-            with piece.session() as session:
-                needed = self.needed_after(index)
-                for row in rows:
-                    row |= piece.run(session, row, needed)
-                    for name in row.keys() - needed:
-                        del row[name]
+        return self.logits_from(0, window_values(windows))
+
+    def logits_from(self, index: int, rows: list[dict[str, Array]]) -> Iterator[npt.NDArray[np.float32]]:
+        """Logits [S, V] of each of ``rows``, which hold what pieces from ``index`` on need."""
+        for each in range(index, len(self.pieces) - 1):
+            self.run_piece(each, rows)
         last = self.pieces[-1]
         with last.session() as session:
             for row in rows:
                 yield last.run(session, row, {names.LOGITS})[names.LOGITS][0].astype(np.float32)
+
+    def run_piece(self, index: int, rows: list[dict[str, Array]]) -> None:
+        """Run a piece on each of ``rows``, in place: what no later piece needs is dropped."""
+        piece, needed = self.pieces[index], self.needed_after(index)
+        with piece.session() as session:
+            for row in rows:
+                row |= piece.run(session, row, needed)
+                for name in row.keys() - needed:
+                    del row[name]
 
     def needed_after(self, index: int) -> set[str]:
         """Names of the values that pieces behind number ``index`` read, and of the graph's inputs."""

@@ -249,8 +249,8 @@ class RoundScales(RowWise):
         (scales,) = sources
         if not np.isfinite(scales).all() or (scales <= 0).any():
             raise ValueError("a scale that is not a positive number")
-        smallest = ml_dtypes.finfo(self.to.numpy()).smallest_subnormal
-        rounded: Array = np.maximum(cast_array(scales, self.to).astype(np.float32), np.float32(smallest))
+        least = np.float32(smallest(self.to))
+        rounded: Array = np.maximum(cast_array(scales, self.to).astype(np.float32), least)
         return rounded
 
 
@@ -261,6 +261,11 @@ CODE_RANGES = {
     ir.DataType.FLOAT8E4M3FN: (-448, 448),
 }
 """The numbers that codes use, by dtype; INT8 leaves out -128 to be symmetric."""
+
+
+def smallest(dtype: ir.DataType) -> float:
+    """The smallest positive number of a floating-point ``dtype``."""
+    return float(ml_dtypes.finfo(dtype.numpy()).smallest_subnormal)  # type: ignore[no-untyped-call]
 
 
 def spread_groups(groups: Array, group_size: int, columns: int) -> Array:

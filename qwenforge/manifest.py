@@ -21,6 +21,7 @@ from qwenforge.errors import BundleError
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 MODEL_NAME = "model.onnx"
+PREFILL_NAME = "prefill.onnx"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -37,6 +38,8 @@ RESERVED_NAMES = frozenset(
     {
         MODEL_NAME,
         f"{MODEL_NAME}.data",
+        PREFILL_NAME,
+        f"{PREFILL_NAME}.data",
         TOKENIZER,
         TOKENIZER_CONFIG,
         CHAT_TEMPLATE,
@@ -193,6 +196,17 @@ class QuantizationRecord(_Part):
     accuracy: dict[str, float]
 
 
+class PrefillRecord(_Part):
+    """A second graph of the same model over the same caches, faster for many tokens at once.
+
+    ``file`` is the graph, with the inputs and outputs of the first one; it is for steps of ``minimum_tokens`` tokens or
+    more, padding counted, that ask for the logits of one token a row.
+    """
+
+    file: FileName
+    minimum_tokens: Count
+
+
 class ProfileRecord(_Part):
     """One optimization profile of an engine: the shapes of its dynamic inputs, at least, typically and at most."""
 
@@ -291,6 +305,7 @@ class BundleFacts(_Part):
     lowering: LoweringRecord | None = None
     ort_cuda: OrtCudaRecord | None = None
     quantization: QuantizationRecord | None = None
+    prefill: PrefillRecord | None = None
     weight_inputs: tuple[TensorSpec, ...] = ()
     engine: EngineRecord | None = None
 
@@ -323,6 +338,8 @@ class Manifest(BundleFacts):
     def _files_are_consistent(self) -> Manifest:
         if MODEL_NAME not in self.files:
             raise ValueError(f"files does not list {MODEL_NAME}")
+        if self.prefill is not None and self.prefill.file not in self.files:
+            raise ValueError(f"files does not list the prefill graph {self.prefill.file}")
         if self.engine is not None and self.engine.file not in self.files:
             raise ValueError(f"files does not list the engine {self.engine.file}")
         if both := set(self.files) & set(self.linked_files):

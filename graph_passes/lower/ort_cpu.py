@@ -14,6 +14,9 @@ from qwenforge.graph_passes.infra import FusionPass
 from qwenforge.graph_passes.lower.ort_attention import LowerAttention
 from qwenforge.graph_passes.lower.ort_linear import MatMulByStoredWeight, TiedVocabularyProjection
 from qwenforge.graph_passes.lower.ort_moe import LowerMixtureOfExperts
+from qwenforge.graph_passes.lower.ort_quantized_embedding import TiedQuantizedEmbedding
+from qwenforge.graph_passes.lower.ort_quantized_linear import Form, LowerQuantizedLinear
+from qwenforge.graph_passes.lower.ort_quantized_moe import LowerQuantizedExperts
 from qwenforge.graph_passes.lower.ort_skip_norm import FuseResidualNorm
 from qwenforge.graph_passes.lower.ort_swish import SwishToQuickGelu
 from qwenforge.graph_passes.lower.qkv_packing import PackQKV
@@ -26,16 +29,22 @@ class FoldTableCasts(FoldWeightTransforms):
     name: ClassVar[str] = "ort_table_casts"
 
 
-def ort_cpu_rules(*, weights: str = "copy") -> list[FusionPass]:
-    """The lowering; with ``weights="link"`` no weight matrix is merged or transposed."""
+def ort_cpu_rules(*, weights: str = "copy", products: Form = "static") -> list[FusionPass]:
+    """The lowering.
+
+    Args:
+        weights: with ``link`` no weight matrix is merged or transposed.
+        products: the form of products by quantized matrices (:mod:`.ort_quantized_linear`).
+    """
     # Measured at Qwen2-0.5B in fp32 on 2 threads (two loads of one model differ by 3 % there). A tied or a transposed
     # vocabulary projection, gate and up merged or not: no difference to be seen, so the smaller file and the portable
     # form's merged product stay. Prepacking is worth its 500 MB: without it the first token takes 1.2 to 1.5 times as
     # long; linked weights go without, by a session option of their bundle, to stay mapped.
     linked = weights == "link"
-    layout: list[FusionPass] = [PackQKV(), TiedVocabularyProjection()]
+    quantized: list[FusionPass] = [TiedQuantizedEmbedding(), LowerQuantizedLinear(products), LowerQuantizedExperts()]
+    layout: list[FusionPass] = [PackQKV(), *quantized, TiedVocabularyProjection()]
     if linked:
-        layout = [UnmergeProjections(), MatMulByStoredWeight()]
+        layout = [UnmergeProjections(), *quantized, MatMulByStoredWeight()]
     return [
         FoldTableCasts(),
         LowerAttention(),

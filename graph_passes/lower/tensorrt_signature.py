@@ -13,7 +13,7 @@ from qwenforge.graph_passes.infra import FusionPass
 TENSORRT_MAX_LENGTH = 4096
 """Size of the caches, and so the longest context, unless asked otherwise: all of it is allocated from the start."""
 
-_WEIGHT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_WEIGHT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT8)
 
 
 class StaticCapacity(FusionPass):
@@ -57,13 +57,16 @@ def check_precision(model: ir.Model) -> None:
 def split_weight_inputs(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """Turn every weight matrix of ``model`` into a graph input, in place; returns the tensors to bind to them.
 
-    A weight matrix is a floating-point initializer of two or more dimensions; norms, biases and rotary tables stay
-    constants, which cost kilobytes and let TensorRT fold them.
+    A weight matrix is an initializer of two or more dimensions, in floating point or packed for a plugin; norms, biases
+    and rotary tables stay constants, which cost kilobytes and let TensorRT fold them, and so do codes and scales of
+    quantized products, which TensorRT wants at build time.
     """
     taken: dict[str, ir.TensorProtocol] = {}
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or len(tensor.shape) < 2 or tensor.dtype not in _WEIGHT_TYPES or name.startswith("rope."):
+            continue
+        if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node, _ in value.uses()):
             continue
         taken[name] = tensor
         del model.graph.initializers[name]
