@@ -145,10 +145,12 @@ def subjects(python: Path | None) -> list[Subject]:
     ]
     plain = int4.changed(smoothing=None, clipping=False, rounding="nearest")
     found.append(Subject("qwenforge round to nearest", "int4 weights, groups of 128", our_logits(plain)))
-    tools = (("DefaultWeightOnlyQuantConfig", {"block_size": 128, "is_symmetric": True}, "symmetric"),)
-    tools += (("DefaultWeightOnlyQuantConfig", {"block_size": 128, "is_symmetric": False}, "with zero points"),)
-    tools += (("HQQWeightOnlyQuantConfig", {"block_size": 128}, "HQQ"),)
-    for config, arguments, name in tools:
+    tools: list[tuple[str, str, dict[str, Any]]] = [
+        ("symmetric", "DefaultWeightOnlyQuantConfig", {"block_size": 128, "is_symmetric": True}),
+        ("with zero points", "DefaultWeightOnlyQuantConfig", {"block_size": 128, "is_symmetric": False}),
+        ("HQQ", "HQQWeightOnlyQuantConfig", {"block_size": 128}),
+    ]
+    for name, config, arguments in tools:
         run = onnxruntime_logits(config, **arguments)
         found.append(Subject(f"ONNX Runtime {name}", "int4 weights, groups of 128", run))
     if python is not None:
