@@ -1,4 +1,4 @@
-"""A model larger than the memory that calibration may take: weights and activations pass through it a layer at a time."""
+"""A model larger than the memory that calibration may take: weights and activations pass a layer at a time."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from qwenforge.exporter.external_data import load_model
 from qwenforge.machine import high_water_mark
 data = CalibrationData(np.random.default_rng(0).integers(0, 320, (8, 128)), "random tokens")
 model = load_model(Path(sys.argv[1]))
-before = high_water_mark()
+before = high_water_mark("self")
 calibrate(model, recipes.get(sys.argv[2]), data, work_folder=Path(sys.argv[3]), require_prediction=False)
-print(high_water_mark() - before)
+print(high_water_mark("self") - before)
 """
 
 
