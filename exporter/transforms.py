@@ -147,6 +147,26 @@ class Interleave(Transform):
 
 
 @dataclass(frozen=True)
+class RepeatRows(Transform):
+    """Row i of the ``rows`` rows of the result is row i // ``times`` of the source."""
+
+    times: int
+    rows: int
+
+    def shape(self, sources: Sequence[Dims]) -> Dims:
+        (source,) = sources
+        if source[0] != -(-self.rows // self.times):
+            raise ValueError(f"{source[0]} rows repeated {self.times} times do not make {self.rows}")
+        return (self.rows, *source[1:])
+
+    def apply(self, sources: Sequence[Array]) -> Array:
+        (source,) = sources
+        if len(source) == 1:
+            return np.broadcast_to(source, (self.rows, *source.shape[1:]))
+        return np.repeat(source, self.times, axis=0)[: self.rows]
+
+
+@dataclass(frozen=True)
 class Cast(Transform):
     """Values converted to another floating-point dtype, rounding to nearest even as torch does."""
 
@@ -249,8 +269,8 @@ class RoundScales(RowWise):
         (scales,) = sources
         if not np.isfinite(scales).all() or (scales <= 0).any():
             raise ValueError("a scale that is not a positive number")
-        smallest = ml_dtypes.finfo(self.to.numpy()).smallest_subnormal
-        rounded: Array = np.maximum(cast_array(scales, self.to).astype(np.float32), np.float32(smallest))
+        least = np.float32(smallest(self.to))
+        rounded: Array = np.maximum(cast_array(scales, self.to).astype(np.float32), least)
         return rounded
 
 
@@ -261,6 +281,11 @@ CODE_RANGES = {
     ir.DataType.FLOAT8E4M3FN: (-448, 448),
 }
 """The numbers that codes use, by dtype; INT8 leaves out -128 to be symmetric."""
+
+
+def smallest(dtype: ir.DataType) -> float:
+    """The smallest positive number of a floating-point ``dtype``."""
+    return float(ml_dtypes.finfo(dtype.numpy()).smallest_subnormal)  # type: ignore[no-untyped-call]
 
 
 def spread_groups(groups: Array, group_size: int, columns: int) -> Array:

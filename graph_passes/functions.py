@@ -1,4 +1,4 @@
-"""The two operators that the ONNX standard lacks, as functions with bodies in standard operators (opset 24).
+"""The operators that the ONNX standard lacks, as functions with bodies in standard operators (opset 24).
 
 The portable form calls them; a runtime without kernels of its own runs the bodies, and every lowering is compared with
 them. Their meaning:
@@ -13,6 +13,15 @@ sliding_window of them if that is not 0.
 top_k, normalize_topk. Softmax over all experts in fp32, top_k of them, renormalized if asked, SwiGLU experts (rows
 0..I-1 of gate_up are the gate), weighted sum. The body computes every expert and drops the unselected ones, which needs
 [E, 2I, T] values instead of a copy of the selected weights for each token.
+
+Each has a quantized form, with inputs behind the others'. Its rounding is in float32, to the nearest, half to even, and
+saturating, whatever the dtype of the tokens:
+
+``QuantizedGroupedQueryAttention``: caches of INT8 or FLOAT8E4M3FN, key_scales [Hk, D] and value_scales [Hk], float32.
+What is appended is divided by its scale and rounded; every key and value that is read is a code times its scale.
+
+``QuantizedMixtureOfExperts``: activation_scales [1 + E], float32. Tokens (but not for the router) are rounded to E4M3
+numbers times the first scale, the activated channels of expert e to E4M3 numbers times scale 1 + e.
 """
 
 from __future__ import annotations
@@ -27,13 +36,18 @@ VERSION = 1
 
 GROUPED_QUERY_ATTENTION = "GroupedQueryAttention"
 MIXTURE_OF_EXPERTS = "MixtureOfExperts"
+QUANTIZED_ATTENTION = "QuantizedGroupedQueryAttention"
+QUANTIZED_EXPERTS = "QuantizedMixtureOfExperts"
 
-_FUNCTIONS = """
+_MODEL = """
 <ir_version: 11, opset_import: ["" : 24, "qwenforge" : 1]>
 unused (float[1] x) => (float[1] y) { y = Identity (x) }
+"""
+
+_ATTENTION = """
 <domain: "qwenforge", opset_import: ["" : 24]>
-GroupedQueryAttention <num_heads, num_key_value_heads, scale, sliding_window>
-    (q, k, v, past_key, past_value, cos, sin, position_ids, cache_position) => (y, present_key, present_value)
+%(name)s <num_heads, num_key_value_heads, scale, sliding_window>
+    (q, k, v, past_key, past_value, cos, sin, position_ids, cache_position%(inputs)s) => (y, present_key, present_value)
 {
     minus_one = Constant <value_ints = [-1]> ()
     zero = Constant <value_int = 0> ()
@@ -54,8 +68,10 @@ GroupedQueryAttention <num_heads, num_key_value_heads, scale, sliding_window>
     v_heads = Transpose <perm = [0, 2, 1, 3]> (v_split)
     q_rotated = RotaryEmbedding (q_heads, cos, sin, position_ids)
     k_rotated = RotaryEmbedding (k_heads, cos, sin, position_ids)
-    present_key = TensorScatter <axis = -2, mode = "linear"> (past_key, k_rotated, cache_position)
-    present_value = TensorScatter <axis = -2, mode = "linear"> (past_value, v_heads, cache_position)
+    %(write)s
+    present_key = TensorScatter <axis = -2, mode = "linear"> (past_key, %(new_keys)s, cache_position)
+    present_value = TensorScatter <axis = -2, mode = "linear"> (past_value, %(new_values)s, cache_position)
+    %(read)s
     capacity_dim = Shape <start = 2, end = 3> (present_key)
     capacity = Squeeze (capacity_dim)
     length_dim = Shape <start = 1, end = 2> (q)
@@ -73,13 +89,16 @@ GroupedQueryAttention <num_heads, num_key_value_heads, scale, sliding_window>
     recent = Greater (keys, oldest)
     near = Or (recent, unlimited)
     mask = And (past_or_self, near)
-    attended = Attention <scale : float = @scale> (q_rotated, present_key, present_value, mask)
+    attended = Attention <scale : float = @scale> (q_rotated, %(keys)s, %(values)s, mask)
     joined = Transpose <perm = [0, 2, 1, 3]> (attended)
     joined_shape = Constant <value_ints = [0, 0, -1]> ()
     y = Reshape (joined, joined_shape)
 }
+"""
+
+_EXPERTS = """
 <domain: "qwenforge", opset_import: ["" : 24]>
-MixtureOfExperts <top_k, normalize_topk> (x, router_logits, gate_up, down) => (y)
+%(name)s <top_k, normalize_topk> (x, router_logits, gate_up, down%(inputs)s) => (y)
 {
     minus_one = Constant <value_ints = [-1]> ()
     zero = Constant <value_int = 0> ()
@@ -102,12 +121,14 @@ MixtureOfExperts <top_k, normalize_topk> (x, router_logits, gate_up, down) => (y
     expert_weights = Unsqueeze (weight_columns, axis_one)
     selected_nothing = CastLike (zero, x)
     is_selected = Greater (expert_weights, selected_nothing)
-    columns = Transpose <perm = [1, 0]> (x)
+    %(round_tokens)s
+    columns = Transpose <perm = [1, 0]> (%(tokens)s)
     projected = MatMul (gate_up, columns)
     gate, up = Split <axis = 1, num_outputs = 2> (projected)
     activated = Swish (gate)
     hidden = Mul (activated, up)
-    expert_outputs = MatMul (down, hidden)
+    %(round_hidden)s
+    expert_outputs = MatMul (down, %(hidden)s)
     weighted = Mul (expert_outputs, expert_weights)
     kept = Where (is_selected, weighted, selected_nothing)
     summed = ReduceSum <keepdims = 0> (kept, axis_zero)
@@ -115,12 +136,81 @@ MixtureOfExperts <top_k, normalize_topk> (x, router_logits, gate_up, down) => (y
 }
 """
 
+_KEPT_CACHE = {
+    "name": GROUPED_QUERY_ATTENTION,
+    "inputs": "",
+    "write": "",
+    "new_keys": "k_rotated",
+    "new_values": "v_heads",
+    "read": "",
+    "keys": "present_key",
+    "values": "present_value",
+}
+_QUANTIZED_CACHE = {
+    "name": QUANTIZED_ATTENTION,
+    "inputs": ", key_scales, value_scales",
+    "write": """
+    key_axes = Constant <value_ints = [0, 2]> ()
+    value_axes = Constant <value_ints = [0, 2, 3]> ()
+    key_steps = Unsqueeze (key_scales, key_axes)
+    value_steps = Unsqueeze (value_scales, value_axes)
+    step = Constant <value_float = 1.0> ()
+    code_zero = CastLike (zero, past_key)
+    k_wide = Cast <to = 1> (k_rotated)
+    v_wide = Cast <to = 1> (v_heads)
+    k_scaled = Div (k_wide, key_steps)
+    v_scaled = Div (v_wide, value_steps)
+    new_keys = QuantizeLinear (k_scaled, step, code_zero)
+    new_values = QuantizeLinear (v_scaled, step, code_zero)""",
+    "new_keys": "new_keys",
+    "new_values": "new_values",
+    "read": """
+    key_numbers = Cast <to = 1> (present_key)
+    value_numbers = Cast <to = 1> (present_value)
+    keys_wide = Mul (key_numbers, key_steps)
+    values_wide = Mul (value_numbers, value_steps)
+    all_keys = CastLike (keys_wide, q)
+    all_values = CastLike (values_wide, q)""",
+    "keys": "all_keys",
+    "values": "all_values",
+}
+_KEPT_TOKENS = {
+    "name": MIXTURE_OF_EXPERTS,
+    "inputs": "",
+    "round_tokens": "",
+    "tokens": "x",
+    "round_hidden": "",
+    "hidden": "hidden",
+}
+_QUANTIZED_TOKENS = {
+    "name": QUANTIZED_EXPERTS,
+    "inputs": ", activation_scales",
+    "round_tokens": """
+    end = Shape (activation_scales)
+    of_tokens = Slice (activation_scales, axis_zero, axis_one)
+    token_step = Squeeze (of_tokens)
+    expert_steps = Slice (activation_scales, axis_one, end)
+    x_wide = Cast <to = 1> (x)
+    token_codes = QuantizeLinear <output_dtype = 17> (x_wide, token_step)
+    token_numbers = DequantizeLinear (token_codes, token_step)
+    tokens = CastLike (token_numbers, x)""",
+    "tokens": "tokens",
+    "round_hidden": """
+    hidden_wide = Cast <to = 1> (hidden)
+    hidden_codes = QuantizeLinear <axis = 0, output_dtype = 17> (hidden_wide, expert_steps)
+    hidden_numbers = DequantizeLinear <axis = 0> (hidden_codes, expert_steps)
+    hidden_rounded = CastLike (hidden_numbers, x)""",
+    "hidden": "hidden_rounded",
+}
+
 
 @functools.cache
 def _parsed() -> ir.Model:
     import onnx.parser
 
-    return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS))
+    text = _MODEL + _ATTENTION % _KEPT_CACHE + _ATTENTION % _QUANTIZED_CACHE
+    text += _EXPERTS % _KEPT_TOKENS + _EXPERTS % _QUANTIZED_TOKENS
+    return ir.from_proto(onnx.parser.parse_model(text))
 
 
 def function(op_type: str) -> ir.Function:

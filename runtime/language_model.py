@@ -250,13 +250,16 @@ def load(
         )
     length = _within("max_length", max_length, manifest.limits.max_length)
     batch = _within("max_batch", max_batch, manifest.limits.max_batch) or DEFAULT_MAX_BATCH
-    session = GraphSession(
-        bundle.model_path,
-        threads=threads,
-        session_options=manifest.session_options,
-        vocabulary_size=manifest.model.vocab_size,
-        backend=_backend(manifest, path, Path(plugin_library) if plugin_library is not None else None, gpu),
-    )
+    options: dict[str, Any] = {
+        "threads": threads,
+        "session_options": manifest.session_options,
+        "vocabulary_size": manifest.model.vocab_size,
+        "backend": _backend(manifest, path, Path(plugin_library) if plugin_library is not None else None, gpu),
+    }
+    if bundle.prefill_path is not None and manifest.prefill is not None:
+        options["prefill"] = GraphSession(bundle.prefill_path, **options)
+        options["prefill_tokens"] = manifest.prefill.minimum_tokens
+    session = GraphSession(bundle.model_path, **options)
     tokenizer = Tokenizer(bundle.tokenizer_path, bundle.tokenizer_config, bundle.chat_template)
     end_tokens = manifest.eos_token_ids or _end_tokens(bundle.generation_config, tokenizer)
     return LanguageModel(

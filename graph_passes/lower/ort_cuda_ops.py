@@ -32,6 +32,10 @@ class CustomAttention(PluginAttention):
 
     name: ClassVar[str] = "ort_cuda_attention"
 
+    def place(self, inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+        """Each input at its place in the op.yaml: the scales stand behind the norms of heads."""
+        return [*inputs[:_QUERY_NORM], None, None, *inputs[_QUERY_NORM:]] if len(inputs) > _QUERY_NORM else inputs
+
     def node_attributes(
         self, spec: op_spec.OpSpec, fields: dict[str, int | float], node: ir.Node
     ) -> dict[str, int | float | str]:
@@ -43,6 +47,11 @@ class CustomExperts(PluginExperts):
     """Replace every expert function, its shared expert included, by ``qwenforge::QwenForgeMoE``."""
 
     name: ClassVar[str] = "ort_cuda_experts"
+
+    def place(self, inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+        """Each input at its place in the op.yaml; those that are absent at the end are left out."""
+        last = max(index for index, value in enumerate(inputs) if value is not None)
+        return inputs[: last + 1]
 
     def node_attributes(
         self, spec: op_spec.OpSpec, fields: dict[str, int | float], node: ir.Node
@@ -85,7 +94,7 @@ class FoldHeadNorms(FusionPass):
             split = is_op(norm.inputs[0], "Reshape")
             assert split is not None
             node.replace_input_with(index, split.inputs[0])
-        node.resize_inputs(_QUERY_NORM + 2)
+        node.resize_inputs(max(_QUERY_NORM + 2, len(node.inputs)))
         node.replace_input_with(_QUERY_NORM, query.inputs[1])
         node.replace_input_with(_QUERY_NORM + 1, key.inputs[1])
         node.attributes["qk_norm"] = ir.AttrInt64("qk_norm", 1)

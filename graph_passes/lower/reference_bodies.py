@@ -9,16 +9,16 @@ from the lowering: a lowering that packs weights wrongly or anchors a mask at th
 from __future__ import annotations
 
 import functools
+import itertools
 
 import onnx_ir as ir
 
 from qwenforge import names, op_spec
 from qwenforge.errors import GraphError
-from qwenforge.graph_passes.functions import GROUPED_QUERY_ATTENTION, register_function
+from qwenforge.graph_passes.functions import GROUPED_QUERY_ATTENTION, QUANTIZED_ATTENTION, register_function
 from qwenforge.graph_passes.infra import replace_node
+from qwenforge.graph_passes.lower.expert_bodies import DOMAIN, called_by, expert_function, expert_functions
 from qwenforge.tensorrt_choice import LAYOUT_VERSION
-
-DOMAIN = "qwenforge.reference"
 
 _ATTENTION = """
 <domain: "qwenforge.reference", opset_import: ["" : 24]>
@@ -55,15 +55,15 @@ _LAST_KEY_SEEN = {
 _OUR_ATTENTION = """
 <domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge" : 1]>
 %s <num_heads, num_key_value_heads, head_size, scale, sliding_window, epsilon>
-    (%s, past_key, past_value, cos, sin, position_ids, cache_position%s) => (output, present_key, present_value)
+    (%s, past_key, past_value, cos, sin, position_ids, cache_position%s%s) => (output, present_key, present_value)
 {
     positions = Cast <to = 7> (position_ids)
     starts = Cast <to = 7> (cache_position)
     %s
     %s
-    output, present_key, present_value = qwenforge.GroupedQueryAttention <
+    output, present_key, present_value = qwenforge.%s <
         num_heads : int = @num_heads, num_key_value_heads : int = @num_key_value_heads, scale : float = @scale,
-        sliding_window : int = @sliding_window> (%s, past_key, past_value, cos, sin, positions, starts)
+        sliding_window : int = @sliding_window> (%s, past_key, past_value, cos, sin, positions, starts%s)
 }
 """
 _SPLIT_QKV = """
@@ -95,28 +95,6 @@ _NORM_HEADS = """
 _FUNCTIONS = """
 <ir_version: 11, opset_import: ["" : 24, "qwenforge.reference" : 1]>
 unused (float[1] x) => (float[1] y) { y = Identity (x) }
-<domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge.reference" : 1]>
-QwenForgeMoE <top_k, normalize_topk> (hidden_states, router_logits, gate_up_weights, down_weights) => (output)
-{
-    weights = qwenforge.reference.Route <top_k : int = @top_k, normalize_topk : int = @normalize_topk> (router_logits)
-    output = qwenforge.reference.PackedExperts (hidden_states, weights, gate_up_weights, down_weights)
-}
-<domain: "qwenforge.reference", opset_import: ["" : 24, "qwenforge.reference" : 1]>
-QwenForgeMoEShared <top_k, normalize_topk>
-    (hidden_states, router_logits, gate_up_weights, down_weights, shared_gate_logits) => (output)
-{
-    routed = qwenforge.reference.Route <top_k : int = @top_k, normalize_topk : int = @normalize_topk> (router_logits)
-    gate_logits = Cast <to = 1> (shared_gate_logits)
-    gate = Sigmoid (gate_logits)
-    all_dim = Shape <start = 0, end = 1> (gate_up_weights)
-    routed_dim = Shape <start = 1, end = 2> (router_logits)
-    shared_dim = Sub (all_dim, routed_dim)
-    one = Constant <value_ints = [1]> ()
-    spread = Concat <axis = 0> (one, shared_dim)
-    shared = Expand (gate, spread)
-    weights = Concat <axis = 1> (routed, shared)
-    output = qwenforge.reference.PackedExperts (hidden_states, weights, gate_up_weights, down_weights)
-}
 <domain: "qwenforge.reference", opset_import: ["" : 24]>
 Route <top_k, normalize_topk> (router_logits) => (weights)
 {
@@ -133,35 +111,6 @@ Route <top_k, normalize_topk> (router_logits) => (weights)
     kept = Where (normalize, normalized, top)
     nothing = Sub (probabilities, probabilities)
     weights = ScatterElements <axis = 1> (nothing, chosen, kept)
-}
-<domain: "qwenforge.reference", opset_import: ["" : 24]>
-PackedExperts (x, weights, gate_up, down) => (y)
-{
-    axis_zero = Constant <value_ints = [0]> ()
-    axis_one = Constant <value_ints = [1]> ()
-    columns = Transpose <perm = [1, 0]> (x)
-    projected = MatMul (gate_up, columns)
-    tokens = Shape <start = 0, end = 1> (x)
-    tile_head = Constant <value_ints = [0, -1, 16]> ()
-    tile_shape = Concat <axis = 0> (tile_head, tokens)
-    tiles = Reshape (projected, tile_shape)
-    gate, up = Split <axis = 2, num_outputs = 2> (tiles)
-    activated = Swish (gate)
-    product = Mul (activated, up)
-    row_head = Constant <value_ints = [0, -1]> ()
-    row_shape = Concat <axis = 0> (row_head, tokens)
-    hidden = Reshape (product, row_shape)
-    outputs = MatMul (down, hidden)
-    typed = CastLike (weights, x)
-    weight_rows = Transpose <perm = [1, 0]> (typed)
-    factors = Unsqueeze (weight_rows, axis_one)
-    weighted = Mul (outputs, factors)
-    zero = Constant <value_float = 0.0> ()
-    nothing = CastLike (zero, x)
-    chosen = Greater (factors, nothing)
-    kept = Where (chosen, weighted, nothing)
-    summed = ReduceSum <keepdims = 0> (kept, axis_zero)
-    y = Transpose <perm = [1, 0]> (summed)
 }
 <domain: "qwenforge.reference", opset_import: ["" : 24]>
 TRT_MoE (hidden_states, selected, scores, gate, up, down) => (output)
@@ -194,11 +143,8 @@ TRT_MoE (hidden_states, selected, scores, gate, up, down) => (output)
 }
 """
 
-_CALLED = {
-    "QwenForgeMoE": ("Route", "PackedExperts"),
-    "QwenForgeMoEShared": ("Route", "PackedExperts"),
-}
 _OPSET = 24
+_FLOAT8_CACHE = 1  # cache_type
 _SILU = 1  # TRT_MoE's activation_type
 
 
@@ -207,45 +153,55 @@ def _parsed() -> ir.Model:
     import onnx.parser
 
     attention = "".join(_ATTENTION % (kind, last) for kind, last in _LAST_KEY_SEEN.items())
-    ours = "".join(_our_attention(packed, normed) for packed in (False, True) for normed in (False, True))
-    return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS + attention + ours))
+    ours = "".join(_our_attention(*kind) for kind in itertools.product((False, True), repeat=3))
+    return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS + expert_functions() + attention + ours))
 
 
-def _our_attention_name(packed: bool, normed: bool) -> str:
-    return "QwenForgeAttention" + "Packed" * packed + "Normed" * normed
+def _our_attention_name(packed: bool, normed: bool, quantized: bool) -> str:
+    return "QwenForgeAttention" + "Packed" * packed + "Normed" * normed + "Quantized" * quantized
 
 
-def _our_attention(packed: bool, normed: bool) -> str:
-    """The function for ``QwenForgeAttention`` with packed QKV, with norms of the heads, with both or with neither."""
+def _our_attention(packed: bool, normed: bool, quantized: bool) -> str:
+    """The function for ``QwenForgeAttention`` with packed QKV, norms of the heads, 8-bit caches, or without each."""
+    scales = ", key_scales, value_scales" * quantized
     return _OUR_ATTENTION % (
-        _our_attention_name(packed, normed),
+        _our_attention_name(packed, normed, quantized),
         "packed" if packed else "query, key, value",
         ", query_norm, key_norm" if normed else "",
+        scales,
         _SPLIT_QKV if packed else "",
         _NORM_HEADS if normed else "",
+        QUANTIZED_ATTENTION if quantized else GROUPED_QUERY_ATTENTION,
         "query_ready, key_ready, value" if normed else "query, key, value",
+        scales,
     )
 
 
 def expand_target_nodes(model: ir.Model) -> bool:
     """Replace every node of TensorRT and of our plugins in ``model`` by a call of its reference; True if there was one.
 
-    The caches become of symbolic capacity again, so that a verification may choose its own.
+    The caches become of symbolic capacity again, so that a verification may choose its own. An FP8 cache, whose bytes
+    the plugin takes as INT8, becomes one of FLOAT8E4M3FN.
     """
     found = False
     for node in list(model.graph):
         call = _call(node)
         if call is None:
             continue
-        op, inputs, attributes, calls_portable = call
+        op, inputs, attributes, called = call
         reference = ir.node(op, inputs, attributes, domain=DOMAIN, num_outputs=len(node.outputs), name=node.name)
         reference.metadata_props.update(node.metadata_props)
+        if _has_float8_cache(node):
+            for value in (*inputs, *node.outputs):
+                if value is not None and value.dtype == ir.DataType.INT8:
+                    value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
         replace_node(model, node, [reference], reference.outputs)
-        for name in (op, *_CALLED.get(op, ())):
-            body = _parsed().functions[(DOMAIN, name, "")].clone()
-            model.functions.setdefault(body.identifier(), body)
-        if calls_portable:
-            register_function(model, GROUPED_QUERY_ATTENTION)
+        for name in (op, *called):
+            if name in (GROUPED_QUERY_ATTENTION, QUANTIZED_ATTENTION):
+                register_function(model, name)
+            else:
+                body = _parsed().functions[(DOMAIN, name, "")].clone()
+                model.functions.setdefault(body.identifier(), body)
         found = True
     if found:
         model.graph.opset_imports[""] = _OPSET
@@ -255,30 +211,37 @@ def expand_target_nodes(model: ir.Model) -> bool:
     return found
 
 
-def _call(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr], bool] | None:
-    """The function that stands for ``node``, its inputs and attributes, and whether it calls a portable function."""
+def _has_float8_cache(node: ir.Node) -> bool:
+    return node.op_type == op_spec.load("attention").name and node.attributes["cache_type"].as_int() == _FLOAT8_CACHE
+
+
+def _call(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr], tuple[str, ...]] | None:
+    """The function that stands for ``node``, its inputs and attributes, and the functions that it calls."""
     inputs, attributes = list(node.inputs), dict(node.attributes)
     if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("attention").name:
         spec = op_spec.load("attention")
         inputs, numbers = _present_inputs(node, spec)
-        _require(node, numbers["cache_type"] == 0 and numbers["page_size"] == 0)
-        op = _our_attention_name(numbers["packed_qkv"] == 1, numbers["qk_norm"] == 1)
+        _require(node, numbers["page_size"] == 0)
+        quantized = numbers["cache_type"] != 0
+        op = _our_attention_name(numbers["packed_qkv"] == 1, numbers["qk_norm"] == 1, quantized)
         heads = ("num_heads", "num_key_value_heads", "head_size", "scale", "sliding_window", "epsilon")
-        return op, list(inputs), _fields(attributes, *heads), True
+        called = QUANTIZED_ATTENTION if quantized else GROUPED_QUERY_ATTENTION
+        return op, list(inputs), _fields(attributes, *heads), (called,)
     if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("moe").name:
         shared = attributes["num_shared_experts"].as_int() > 0
         inputs, numbers = _present_inputs(node, op_spec.load("moe"))
-        _require(node, numbers["layout_version"] == LAYOUT_VERSION and numbers["weight_type"] == 0)
+        _require(node, numbers["layout_version"] == LAYOUT_VERSION)
         _require(node, numbers["num_local_experts"] == numbers["num_experts"])
-        op = "QwenForgeMoEShared" if shared else "QwenForgeMoE"
-        return op, inputs, _fields(attributes, "top_k", "normalize_topk"), False
+        weight_type = int(numbers["weight_type"])
+        kept = _fields(attributes, "top_k", "normalize_topk", "group_size")
+        return expert_function(shared, weight_type), inputs, kept, called_by(weight_type)
     if node.op_type == "TRT_Attention":
         kind = attributes["causal_kind"].as_string() if "causal_kind" in attributes else "none"
         _require(node, kind in _LAST_KEY_SEEN and all(value is None for value in inputs[3:5]))
-        return f"{node.op_type}_{kind}", [*inputs[:3], inputs[5]], {}, False
+        return f"{node.op_type}_{kind}", [*inputs[:3], inputs[5]], {}, ()
     if node.op_type == "TRT_MoE":
         _require(node, attributes["activation_type"].as_int() == _SILU)
-        return node.op_type, inputs, {}, False
+        return node.op_type, inputs, {}, ()
     return None
 
 

@@ -8,6 +8,7 @@ the graph keeps opset 24 and TensorRT's own operators; for TensorRT 10 it is bro
 from __future__ import annotations
 
 from qwenforge.graph_passes.infra import FusionPass
+from qwenforge.graph_passes.lower.explicit_quantization import TensorRTDequantize
 from qwenforge.graph_passes.lower.ort_cpu import FoldTableCasts
 from qwenforge.graph_passes.lower.tensorrt_attention import NativeAttention, PluginAttention
 from qwenforge.graph_passes.lower.tensorrt_moe import NativeExperts, PluginExperts
@@ -24,7 +25,7 @@ def tensorrt_rules(choice: TensorRTChoice, *, capacity: int | None = None) -> li
     if choice.attention == "native":
         rules.append(NativeAttention())
     rules.append(PluginAttention())  # after the native rule: what that leaves (a sliding window)
-    rules.append(ExpandSwish())
+    rules += [TensorRTDequantize(choice.device), ExpandSwish()]
     if not choice.modern_parser:
         rules += [ExpandRMSNorm(), LowerOpset()]
     if capacity is not None:

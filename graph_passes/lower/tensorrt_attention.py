@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from qwenforge import names, op_spec
 from qwenforge.errors import UnsupportedError
-from qwenforge.graph_passes.functions import GROUPED_QUERY_ATTENTION
+from qwenforge.graph_passes.functions import GROUPED_QUERY_ATTENTION, QUANTIZED_ATTENTION
 from qwenforge.graph_passes.infra import FusionPass, constant, replace_node, static_dim, tag
 
 TENSORRT_DOMAIN = "trt"
@@ -57,7 +57,8 @@ def require_fields(spec: op_spec.OpSpec, fields: dict[str, int | float], node: i
 
 
 def _calls(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == GROUPED_QUERY_ATTENTION and node.domain == names.DOMAIN]
+    kinds = (GROUPED_QUERY_ATTENTION, QUANTIZED_ATTENTION)
+    return [node for node in model.graph if node.op_type in kinds and node.domain == names.DOMAIN]
 
 
 class PluginAttention(FusionPass):
@@ -81,9 +82,11 @@ class PluginAttention(FusionPass):
                 if value not in narrowed:
                     narrowed[value] = _narrow(model, value, node, self.name)
                 node.replace_input_with(index, narrowed[value])
+            if attributes["cache_type"]:
+                _hold_bytes(node)
             plugin = ir.node(
                 spec.name,
-                list(node.inputs),
+                self.place(list(node.inputs)),
                 attributes,
                 domain=op_spec.NAMESPACE,
                 num_outputs=len(spec.outputs),
@@ -93,6 +96,10 @@ class PluginAttention(FusionPass):
             model.graph.opset_imports[op_spec.NAMESPACE] = 1
             self.matches += 1
 
+    def place(self, inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+        """The inputs, scales of 8-bit caches last, as the target lists them: TensorRT's those that are there."""
+        return inputs
+
     def node_attributes(
         self, spec: op_spec.OpSpec, fields: dict[str, int | float], node: ir.Node
     ) -> dict[str, int | float | str]:
@@ -100,15 +107,34 @@ class PluginAttention(FusionPass):
         return plugin_attributes(spec, fields, node)
 
 
+_CACHE_TYPES = {ir.DataType.FLOAT8E4M3FN: 1, ir.DataType.INT8: 2}
+"""``cache_type`` of the plugin by what an 8-bit cache holds."""
+
+
+def _cache_type(call: ir.Node) -> int:
+    if call.op_type != QUANTIZED_ATTENTION:
+        return 0
+    past = call.inputs[3]
+    assert past is not None and past.dtype is not None
+    return _CACHE_TYPES[past.dtype]
+
+
+def _hold_bytes(call: ir.Node) -> None:
+    """Type FP8 caches as the INT8 of the same bytes, which is how the plugin takes them."""
+    for value in (*call.inputs[3:5], *call.outputs[1:3]):
+        if value is not None:
+            value.type = ir.TensorType(ir.DataType.INT8)
+
+
 def attention_fields(call: ir.Node, head_size: int) -> dict[str, int | float]:
-    """The fields of ``QwenForgeAttention`` for the function ``call``: q, k and v apart, a cache typed as the tokens."""
+    """The fields of ``QwenForgeAttention`` for the function ``call``: q, k and v apart, linear caches."""
     return {
         "num_heads": call.attributes["num_heads"].as_int(),
         "num_key_value_heads": call.attributes["num_key_value_heads"].as_int(),
         "head_size": head_size,
         "scale": call.attributes["scale"].as_float(),
         "sliding_window": call.attributes["sliding_window"].as_int(),
-        "cache_type": 0,
+        "cache_type": _cache_type(call),
         "page_size": 0,
         "packed_qkv": 0,
         "qk_norm": 0,
@@ -124,6 +150,11 @@ class NativeAttention(FusionPass):
     def run(self, model: ir.Model) -> None:
         lengths: dict[tuple[ir.Value | None, ir.Value | None], ir.Value] = {}
         for node in _calls(model):
+            if node.op_type == QUANTIZED_ATTENTION:
+                raise UnsupportedError(
+                    f"the cache of node {node.name} is of 8 bits, and TensorRT's own attention has 16-bit ones only; use "
+                    "--attention plugin, or leave the cache unquantized."
+                )
             if node.attributes["sliding_window"].as_int():
                 self.fail("the attention layer has no sliding window: the plugin computes it", node)
                 continue

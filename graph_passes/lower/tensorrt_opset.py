@@ -12,6 +12,9 @@ from qwenforge.graph_passes.infra import FusionPass, constant, float_attribute, 
 
 OLD_OPSET = 20
 """The newest opset that TensorRT 10.3's parser knows."""
+_BLOCKED_OPSET = 21
+"""Of blocked 4-bit numbers, which the parser takes since TensorRT 10.0 (its changelog); no other operator of the graph
+means something else in it."""
 _OLD_IR_VERSION = 10
 _NEWER_THAN_OLD_OPSET = frozenset({"Attention", "RMSNormalization", "RotaryEmbedding", "Swish", "TensorScatter"})
 
@@ -84,7 +87,10 @@ class ExpandRMSNorm(FusionPass):
 
 
 class LowerOpset(FusionPass):
-    """Declare opset 20, whose operators mean the same in opset 24 for every one that is left in the graph."""
+    """Declare opset 20, whose operators mean the same in opset 24 for every one that is left in the graph.
+
+    INT4 weights are of opset 21, which is declared where there are some.
+    """
 
     name: ClassVar[str] = "opset_20"
 
@@ -94,7 +100,8 @@ class LowerOpset(FusionPass):
             raise GraphError(
                 f"{left[0].op_type} (node {left[0].name}) is newer than opset {OLD_OPSET} and was not lowered."
             )
-        model.graph.opset_imports[""] = OLD_OPSET
+        blocked = any(node.op_type == "DequantizeLinear" and "block_size" in node.attributes for node in model.graph)
+        model.graph.opset_imports[""] = _BLOCKED_OPSET if blocked else OLD_OPSET
         model.ir_version = _OLD_IR_VERSION
         self.matches += 1
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge.errors import GraphError
+from qwenforge.exporter.transforms import smallest
 from qwenforge.graph_passes.infra import add_initializer, tag
 
 ActivationFormat = Literal["int8", "fp8"]
@@ -53,16 +54,16 @@ def quantize_inputs(model: ir.Model, inputs: Iterable[QuantizedInput]) -> None:
         each.reader.replace_input_with(0, pairs[key])
 
 
-def rounded_scale(scale: float, dtype: ir.DataType) -> np.generic:
-    """``scale`` as a number of ``dtype``, never 0."""
-    kind = dtype.numpy()
-    return max(kind.type(scale), ml_dtypes.finfo(kind).smallest_subnormal)  # type: ignore[no-any-return]
+def rounded_scale(scale: float, dtype: ir.DataType) -> npt.NDArray[Any]:
+    """``scale`` as an array [] of ``dtype``, never 0."""
+    rounded = np.asarray(scale, dtype.numpy())
+    return rounded if rounded > 0 else np.asarray(smallest(dtype), dtype.numpy())
 
 
 def _pair(model: ir.Model, value: ir.Value, kind: ActivationFormat, scale: float) -> ir.Value:
     """The quantized and dequantized ``value``."""
     assert value.dtype is not None
-    held = np.asarray(rounded_scale(scale, value.dtype))
+    held = rounded_scale(scale, value.dtype)
     name = f"{value.name}.{kind}"
     scales = add_initializer(model, f"{name}.scale", ir.tensor(held, dtype=value.dtype))
     code = ACTIVATION_DTYPES[kind]

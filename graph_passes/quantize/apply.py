@@ -2,7 +2,8 @@
 
 In this order: smoothing; each quantized matrix becomes the dequantization of its codes, a lazy floating-point weight
 like any other that lowerings take apart again (:func:`~qwenforge.exporter.quantized_weights.as_quantized`); a
-QuantizeLinear and a DequantizeLinear in front of each product whose input is quantized.
+QuantizeLinear and a DequantizeLinear in front of each product whose input is quantized; experts with quantized tokens
+and caches of 8 bits become calls of the quantized functions.
 
 Scales are rounded to the model's dtype before they are used, because strongly typed networks hold them in it: codes
 times scales are then the same numbers in every form of the graph.
@@ -24,6 +25,7 @@ from qwenforge.exporter.transforms import RoundScales
 from qwenforge.graph_passes.infra import set_weight, weight
 from qwenforge.graph_passes.quantize.activations import QuantizedInput, quantize_inputs
 from qwenforge.graph_passes.quantize.expert_weights import each_expert
+from qwenforge.graph_passes.quantize.experts_and_caches import quantize_cache, quantize_tokens
 from qwenforge.graph_passes.quantize.plan import QuantizationPlan, SitePlan
 from qwenforge.graph_passes.quantize.sites import ExpertSite, LinearSite, Sites, find_sites
 from qwenforge.graph_passes.quantize.smoothing import smooth
@@ -51,6 +53,9 @@ def apply_plan(model: ir.Model, plan: QuantizationPlan) -> None:
         else:
             _quantize_experts(model, sites.experts[name], choice, plan)
     quantize_inputs(model, inputs)
+    for name, cache in plan.caches.items():
+        scales = [_numbers(plan, f"{name}.{kind}_scales") for kind in ("key", "value")]
+        quantize_cache(model, sites.caches[name], cache.format, *scales)
 
 
 def _require_known(sites: Sites, plan: QuantizationPlan) -> None:
@@ -71,6 +76,10 @@ def _quantize_linear(model: ir.Model, site: LinearSite, choice: SitePlan, plan: 
 
 
 def _quantize_experts(model: ir.Model, site: ExpertSite, choice: SitePlan, plan: QuantizationPlan) -> None:
+    if choice.activation == "int8":
+        raise GraphError(f"the plan quantizes the tokens of {site.name} to INT8; experts take FP8 tokens or none.")
+    if choice.activation is not None:
+        quantize_tokens(model, site, _numbers(plan, f"{site.name}.activation_scales"))
     if choice.weight is None:
         return
     for index, part in ((2, "gate_up"), (3, "down")):

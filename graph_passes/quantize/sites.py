@@ -1,5 +1,7 @@
 """The places of a portable graph that can be quantized, found by structure and named as the checkpoint's modules are.
 
+They are found in a quantized graph too.
+
 =================================  ====================================================================================
 name                               what it is
 =================================  ====================================================================================
@@ -25,7 +27,12 @@ from typing import Literal
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.graph_passes.functions import GROUPED_QUERY_ATTENTION, MIXTURE_OF_EXPERTS
+from qwenforge.graph_passes.functions import (
+    GROUPED_QUERY_ATTENTION,
+    MIXTURE_OF_EXPERTS,
+    QUANTIZED_ATTENTION,
+    QUANTIZED_EXPERTS,
+)
 from qwenforge.graph_passes.infra import consumers, is_op, weight
 
 Role = Literal["qkv", "attention_output", "mlp_input", "mlp_output", "router", "shared_gate", "vocabulary"]
@@ -110,14 +117,14 @@ def find_sites(model: ir.Model) -> Sites:
             linear[full] = LinearSite(full, role, layer, node)
 
     for node in model.graph:
-        if node.domain == names.DOMAIN and node.op_type == GROUPED_QUERY_ATTENTION:
+        if _is_attention(node):
             layer = _layer(node)
             name = f"model.layers.{layer}.self_attn.cache"
             caches[name] = CacheSite(name, layer, node)
             for product in pending:
                 place(product)
             pending = []
-        elif node.domain == names.DOMAIN and node.op_type == MIXTURE_OF_EXPERTS and layer is not None:
+        elif _is_experts(node) and layer is not None:
             name = f"model.layers.{layer}.mlp.experts"
             experts[name] = ExpertSite(name, layer, node)
         elif is_linear(node):
@@ -128,6 +135,14 @@ def find_sites(model: ir.Model) -> Sites:
                 place(node)
     unknown += pending
     return Sites(linear, experts, caches, tuple(unknown))
+
+
+def _is_attention(node: ir.Node) -> bool:
+    return node.domain == names.DOMAIN and node.op_type in (GROUPED_QUERY_ATTENTION, QUANTIZED_ATTENTION)
+
+
+def _is_experts(node: ir.Node) -> bool:
+    return node.domain == names.DOMAIN and node.op_type in (MIXTURE_OF_EXPERTS, QUANTIZED_EXPERTS)
 
 
 def is_linear(node: ir.Node) -> bool:
@@ -149,11 +164,13 @@ def _layer(attention: ir.Node) -> int:
 def _role(node: ir.Node) -> tuple[Role, str] | None:
     """What ``node`` is for and its name within the layer, by where its result goes and its input comes from."""
     for use, index in _uses(node.outputs[0]):
-        if use.domain == names.DOMAIN and use.op_type == GROUPED_QUERY_ATTENTION and index < 3:
+        if _is_attention(use) and index < 3:
             return "qkv", f"self_attn.{'qkv'[index]}_proj"
-        if use.domain == names.DOMAIN and use.op_type == MIXTURE_OF_EXPERTS and index == 1:
+        if _is_experts(use) and index == 1:
             return "router", "mlp.gate"
-    if is_op(_behind_reshapes(node.inputs[0]), GROUPED_QUERY_ATTENTION, names.DOMAIN) is not None:
+    source = _behind_reshapes(node.inputs[0])
+    maker = source.producer() if source is not None else None
+    if maker is not None and _is_attention(maker):
         return "attention_output", "self_attn.o_proj"
     if any(value.is_graph_output() and value.name == names.LOGITS for value in _forwarded(node.outputs[0])):
         return "vocabulary", "lm_head"
@@ -167,6 +184,9 @@ def _role(node: ir.Node) -> tuple[Role, str] | None:
         return "mlp_output", f"{inside}.down_proj"
     return None
 
+
+_TRANSPARENT = ("Reshape", "Cast", "QuantizeLinear", "DequantizeLinear")
+"""What stands between a value and a product that reads it, quantized or not."""
 
 _FORWARDING = ("Add", "Reshape", "Cast", "Identity", "RMSNormalization", "Transpose")
 
@@ -190,7 +210,7 @@ def _forwarded(value: ir.Value) -> list[ir.Value]:
 
 
 def _behind_reshapes(value: ir.Value | None) -> ir.Value | None:
-    while value is not None and (node := value.producer()) is not None and node.op_type in ("Reshape", "Cast"):
+    while value is not None and (node := value.producer()) is not None and node.op_type in _TRANSPARENT:
         value = node.inputs[0]
     return value
 
@@ -217,17 +237,18 @@ def _is_activated(value: ir.Value | None) -> bool:
 
 
 def _reads_gated_product(node: ir.Node) -> bool:
-    product = is_op(node.inputs[0], "Mul")
+    product = is_op(_behind_reshapes(node.inputs[0]), "Mul")
     return product is not None and any(_is_activated(value) for value in product.inputs)
 
 
 def _is_shared_expert(node: ir.Node) -> bool:
     """Whether the experts of the same layer read the same tokens, or the result is weighted by a gate."""
     source = node.inputs[0]
-    if source is None:
-        return False
-    if any(use.op_type == MIXTURE_OF_EXPERTS for use in consumers(source)):
-        return True
+    while source is not None:
+        if any(_is_experts(use) for use in consumers(source)):
+            return True
+        maker = source.producer()
+        source = maker.inputs[0] if maker is not None and maker.op_type in _TRANSPARENT else None
     for use in consumers(node.outputs[0]):
         if use.op_type == "Mul" and any(is_op(value, "Sigmoid") is not None for value in use.inputs):
             return True

@@ -8,6 +8,7 @@ rows of up. Every reader of x is multiplied, the router and the shared expert's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from qwenforge.graph_passes.infra import consumers, int_attribute, is_op, set_we
 from qwenforge.graph_passes.quantize.expert_weights import each_expert
 from qwenforge.graph_passes.quantize.sites import ExpertSite, LinearSite, Sites, is_linear
 
-Factors = npt.NDArray[np.float32]
+Factors = npt.NDArray[np.floating[Any]]
 
 
 def smooth(model: ir.Model, sites: Sites, name: str, factors: Factors) -> None:
@@ -137,9 +138,9 @@ def _smooth_gated(model: ir.Model, site: LinearSite, factors: Factors) -> None:
         raise GraphError(f"{site.name} cannot be smoothed: its input is not gate times up of one product.")
     if len(gated.outputs[0].uses()) != 1 or len(up.uses()) != 1:
         raise GraphError(f"{site.name} cannot be smoothed: something else reads its input.")
-    divisors = 1 / factors
+    divisors: Factors = 1 / factors
     if split is not None:
-        halves = [np.ones_like(factors), np.ones_like(factors)]
+        halves: list[Factors] = [np.ones_like(factors), np.ones_like(factors)]
         halves[up.index() or 0] = divisors
         divisors = np.concatenate(halves)
     _require_shape(site.name, divisors, weights.dims(_constant(product, 1))[1:])
@@ -181,7 +182,7 @@ def _multiplied(tensor: ir.TensorProtocol, factors: Factors) -> ir.TensorProtoco
     return weights.cast(weights.multiply(tensor, by), tensor.dtype)
 
 
-def _require_shape(name: str, factors: npt.NDArray[np.float32], expected: tuple[int, ...]) -> None:
+def _require_shape(name: str, factors: Factors, expected: tuple[int, ...]) -> None:
     if factors.shape != expected:
         raise GraphError(
             f"the smoothing factors of {name} are {list(factors.shape)} and the graph wants {list(expected)}; "

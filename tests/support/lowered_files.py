@@ -14,6 +14,8 @@ from qwenforge.exporter.trace import trace
 from qwenforge.graph_passes.lower import lower
 from qwenforge.graph_passes.lower.tensorrt_signature import split_weight_inputs
 from qwenforge.graph_passes.pipeline import optimize
+from qwenforge.graph_passes.quantize.apply import apply_plan
+from qwenforge.graph_passes.quantize.plan import QuantizationPlan
 from qwenforge.tensorrt_choice import TensorRTChoice
 from support.exported_models import no_weight_is_read
 
@@ -42,10 +44,14 @@ class Lowerings:
             self._traced = trace(self._source, dtype)
             self._fused = optimize(self._traced.model, positions=capacity).model
 
-    def write(self, folder: Path, choice: TensorRTChoice, *, weight_inputs: bool) -> LoweredFile:
-        """Write ``folder``/model.onnx; with ``weight_inputs`` its weight matrices are inputs, and never read."""
+    def write(
+        self, folder: Path, choice: TensorRTChoice, *, weight_inputs: bool, plan: QuantizationPlan | None = None
+    ) -> LoweredFile:
+        """Write ``folder``/model.onnx, quantized by ``plan``; ``weight_inputs``: matrices are inputs, never read."""
         with no_weight_is_read():
             portable = instantiate(self._fused, self._traced, self._source)
+            if plan is not None:
+                apply_plan(portable, plan)
             final = lower(portable, choice.target, choice=choice, capacity=self._capacity)
             bound = split_weight_inputs(final) if weight_inputs else {}
         folder.mkdir(parents=True, exist_ok=True)

@@ -182,3 +182,18 @@ def test_smoothing_is_refused_where_something_else_reads_the_norm() -> None:
     plan = make_plan(source, Scheme("int8", smooth=True))
     with pytest.raises(GraphError, match=r"Relu \(node extra\) reads its result"):
         apply_plan(model, plan)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_quantized_graph_has_the_same_sites(name: str) -> None:
+    kind, config = MODELS[name]
+    source = random_model(kind, **config)
+    model = portable_model(source)
+    before = find_sites(model)
+    apply_plan(model, make_plan(source, Scheme("fp8", activation="fp8", cache="int8")))
+    after = find_sites(model)
+    for kept, found in ((before.linear, after.linear), (before.experts, after.experts), (before.caches, after.caches)):
+        assert {key: site.node.name for key, site in kept.items()} == {
+            key: site.node.name for key, site in found.items()
+        }
+    assert not before.unknown and not after.unknown

@@ -1,0 +1,108 @@
+"""Quantized matrices as ``DequantizeLinear`` nodes in front of their products: codes and scales are what is stored.
+
+The matrix of a product is [K, N]. INT8 and FP8 rows of the checkpoint's [N, K] have one scale each, so that the scales
+are [N] along axis 1; groups of columns have blocked scales [K / group, N] along axis 0. Scales are of the model's
+dtype, which is the dtype that strongly typed networks give the result of the node.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from qwenforge.devices import Device
+from qwenforge.errors import UnsupportedError
+from qwenforge.exporter import weights
+from qwenforge.exporter.quantized_weights import QuantizedWeight, as_quantized
+from qwenforge.graph_passes.infra import FusionPass, add_initializer, tag
+from qwenforge.graph_passes.quantize.sites import is_linear
+
+
+class ExplicitDequantize(FusionPass):
+    """Store every quantized matrix of a product as its codes and scales, once for all products that share it."""
+
+    name: ClassVar[str] = "explicit_dequantize"
+
+    def run(self, model: ir.Model) -> None:
+        made: dict[ir.Value, ir.Value] = {}
+        for node in list(model.graph):
+            value = node.inputs[1] if is_linear(node) else None
+            if value is None or value.const_value is None:
+                continue
+            if value not in made:
+                found = as_quantized(weights.transpose(value.const_value, (1, 0)))
+                if found is None:
+                    continue
+                self.require(found, node)
+                made[value] = self._dequantized(model, node, value, found)
+            node.replace_input_with(1, made[value])
+            self.matches += 1
+
+    def require(self, quantized: QuantizedWeight, node: ir.Node) -> None:
+        """Make sure that the target takes ``quantized``, the matrix of ``node``; here anything is taken."""
+
+    def _dequantized(self, model: ir.Model, node: ir.Node, value: ir.Value, found: QuantizedWeight) -> ir.Value:
+        """The result of a new node before ``node`` that stands for ``value``."""
+        assert value.const_value is not None
+        columns, rows = weights.dims(value.const_value)
+        dtype = value.const_value.dtype
+        whole_rows = found.group_size >= columns
+        codes = add_initializer(model, f"{value.name}.codes", weights.transpose(found.codes, (1, 0)))
+        inputs = [codes, add_initializer(model, f"{value.name}.scales", _laid_out(found.scales, whole_rows, dtype))]
+        if found.zero_points is not None:
+            points = _laid_out(found.zero_points, whole_rows, found.codes.dtype)
+            inputs.append(add_initializer(model, f"{value.name}.zero_points", points))
+        attributes = {"axis": 1} if whole_rows else {"axis": 0, "block_size": found.group_size}
+        made = tag(ir.node("DequantizeLinear", inputs, attributes, name=f"{value.name}.dequantize"), self.name)
+        result = made.outputs[0]
+        result.name, result.type, result.shape = f"{value.name}.dequantized", value.type, ir.Shape([columns, rows])
+        model.graph.insert_before(node, made)
+        return result
+
+
+class TensorRTDequantize(ExplicitDequantize):
+    """The same within what TensorRT takes.
+
+    Its documentation ("Working with Quantized Types") has symmetric quantization only, INT8 and FP8 with one scale a
+    row, and INT4 in blocks of 64 or 128 that divide the columns.
+
+    Args:
+        device: what the engine is for; None for any device of TensorRT for RTX.
+    """
+
+    name: ClassVar[str] = "tensorrt_dequantize"
+
+    def __init__(self, device: Device | None) -> None:
+        super().__init__()
+        self.device = device
+
+    def require(self, quantized: QuantizedWeight, node: ir.Node) -> None:
+        """See the class.
+
+        Raises:
+            UnsupportedError: TensorRT does not take the matrix; the message names what it takes.
+        """
+        columns = weights.dims(quantized.codes)[-1]
+        group, kind = quantized.group_size, quantized.format
+        problem = ""
+        if quantized.zero_points is not None or kind == "uint4":
+            problem = "it has zero points, and TensorRT's quantization is symmetric; quantize to int4 or int8"
+        elif kind == "int4" and (group not in (64, 128) or columns % group):
+            problem = (
+                f"it has groups of {group} of {columns} columns, and TensorRT's INT4 blocks are of 64 or 128 that "
+                "divide them; use --group-size 64 or 128, or int8"
+            )
+        elif kind != "int4" and group < columns:
+            problem = f"it has groups of {group} columns, and TensorRT's {kind.upper()} has one scale a row"
+        if kind == "fp8" and self.device is not None:
+            self.device.require_precision("fp8")
+        if problem:
+            raise UnsupportedError(f"TensorRT cannot take the quantized weight of node {node.name}: {problem}.")
+
+
+def _laid_out(groups: ir.TensorProtocol, whole_rows: bool, dtype: ir.DataType) -> ir.TensorProtocol:
+    """[N, G] as the node reads it: [N], or [G, N]."""
+    if whole_rows:
+        return weights.cast(weights.reshape(groups, (weights.dims(groups)[0],)), dtype)
+    return weights.cast(weights.transpose(groups, (1, 0)), dtype)
