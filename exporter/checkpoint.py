@@ -1,11 +1,11 @@
-"""A Hugging Face checkpoint, opened and checked without reading a weight beyond the small norms."""
+"""A Hugging Face checkpoint, opened and checked without reading a weight beyond the small norms (and zero points)."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,25 @@ from qwenforge.exporter.expected_tensors import (
     is_ignored,
 )
 from qwenforge.exporter.leaves import read_bytes
+from qwenforge.exporter.prequantized.contents import Contents, StoredMatrix, check_values, contents
+from qwenforge.exporter.prequantized.format import FLOATS, Part, scale_of
+from qwenforge.exporter.prequantized.read import read_format
+from qwenforge.exporter.quantized_weights import QuantizedWeight
 from qwenforge.exporter.safetensors_header import SafetensorsHeader, StoredTensor, read_header
 from qwenforge.exporter.text_files import read_generation_config, tokenizer_files
-from qwenforge.exporter.weights import concat, stack
+from qwenforge.exporter.transforms import Reshape
+from qwenforge.exporter.weights import DerivedTensor, chunks, concat, dims, stack, substitute
 
-_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+_DTYPES = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    # Of quantized checkpoints only.
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "I8": ir.DataType.INT8,
+    "I32": ir.DataType.INT32,
+    "I64": ir.DataType.INT64,
+}
 _STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -55,6 +69,52 @@ class CheckpointTensor(ir.ExternalTensor):
         self.checkpoint_name = stored.name
 
 
+class CheckpointWeight(DerivedTensor):
+    """A matrix of a quantized checkpoint, dequantized to float32 when it is read.
+
+    Attributes:
+        checkpoint_name: The name that the weight has in an unquantized checkpoint.
+    """
+
+    whole = True
+
+    def __init__(self, name: str, quantized: QuantizedWeight) -> None:
+        """Stand for ``quantized`` under ``name``."""
+        dequantized = quantized.dequantized()
+        assert isinstance(dequantized, DerivedTensor)
+        super().__init__(dequantized.transform, dequantized.sources, name=name)
+        self.checkpoint_name = name
+
+
+class SealedWeight(DerivedTensor):
+    """A :class:`CheckpointWeight` in a template, which no rule may take apart into codes and scales.
+
+    A layer's copy has other codes, and perhaps none: :func:`~qwenforge.exporter.instantiate.instantiate` exchanges the
+    weight as a whole.
+    """
+
+    whole = True
+
+    def __init__(self, weight: CheckpointWeight) -> None:
+        """The same numbers as ``weight``."""
+        super().__init__(Reshape(dims(weight)), [weight], name=weight.name)
+        self.checkpoint_name = weight.checkpoint_name
+
+
+def sealed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same plan with every quantized weight in it sealed."""
+    return substitute(tensor, lambda leaf: SealedWeight(leaf) if isinstance(leaf, CheckpointWeight) else leaf)
+
+
+def checkpoint_names(tensor: ir.TensorProtocol) -> Iterator[str]:
+    """The names of the checkpoint's weights that a plan is made of, repeats included."""
+    if isinstance(tensor, (CheckpointTensor, CheckpointWeight, SealedWeight)):
+        yield tensor.checkpoint_name
+    elif isinstance(tensor, DerivedTensor):
+        for source in tensor.sources:
+            yield from checkpoint_names(source)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint; make one with :meth:`open`.
@@ -66,6 +126,7 @@ class Checkpoint:
         tokenizer_files: The tokenizer's files that exist, by name.
         weight_files: The weights files, by name in the folder; the paths are real ones.
         expert_layout: How the experts are stored; "per_expert" for dense models.
+        quantized: What is stored quantized and how; None in a checkpoint of floating-point numbers.
     """
 
     folder: Path
@@ -74,6 +135,7 @@ class Checkpoint:
     tokenizer_files: Mapping[str, Path]
     weight_files: Mapping[str, Path]
     expert_layout: ExpertLayout
+    quantized: Contents | None
     _headers: tuple[SafetensorsHeader, ...] = field(repr=False)
     _stored: Mapping[str, tuple[StoredTensor, Path]] = field(repr=False)
 
@@ -93,8 +155,15 @@ class Checkpoint:
         headers = {name: read_header(real) for name, real in files.items()}
         stored = _collect(folder, headers, index)
         layout = _layout(stored)
-        _check_tensors(folder, config, stored, layout, headers)
+        expected = expected_tensors(config, layout)
+        format_ = read_format(folder, config.source)
+        dtypes = {name: tensor.dtype for name, (tensor, _) in stored.items()}
+        quantized = contents(format_, expected, dtypes) if format_ is not None else None
+        parts = quantized.tensors if quantized else {name: Part((shape,), FLOATS) for name, shape in expected.items()}
+        _check_tensors(folder, config, stored, parts, headers)
         _check_norms(folder, stored, files)
+        if quantized is not None:
+            check_values(quantized, {name: CheckpointTensor(t, files[file]) for name, (t, file) in stored.items()})
         opened = cls(
             folder=folder,
             config=config,
@@ -102,6 +171,7 @@ class Checkpoint:
             tokenizer_files=tokenizer_files(folder),
             weight_files=files,
             expert_layout=layout,
+            quantized=quantized,
             _headers=tuple(headers.values()),
             _stored={name: (tensor, files[file]) for name, (tensor, file) in stored.items()},
         )
@@ -109,11 +179,13 @@ class Checkpoint:
 
     def _holds_two_embeddings(self) -> bool:
         """Whether the config ties tensors that are both stored and differ."""
-        if not self.config.tie_word_embeddings or not {EMBEDDING, OUTPUT_HEAD} <= self._stored.keys():
+        if not self.config.tie_word_embeddings or not {EMBEDDING, OUTPUT_HEAD} <= set(self.names):
             return False
+        if OUTPUT_HEAD in self._matrices:
+            return True
         pair = self.tensor(EMBEDDING), self.tensor(OUTPUT_HEAD)
         return pair[0].dtype != pair[1].dtype or not all(
-            np.array_equal(*blocks) for blocks in zip(*(read_bytes(tensor, 1 << 24) for tensor in pair), strict=True)
+            np.array_equal(*blocks) for blocks in zip(*(chunks(tensor) for tensor in pair), strict=True)
         )
 
     def _untied(self) -> Checkpoint:
@@ -122,11 +194,33 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The stored tensors' names, ignored buffers excluded."""
-        return tuple(self._stored)
+        """The names of the weights, ignored buffers excluded; of a quantized matrix, the unquantized one's name."""
+        if self.quantized is None:
+            return tuple(self._stored)
+        plain = (name for name in self._stored if name in self.quantized.plain)
+        return (*plain, *self._matrices)
 
-    def tensor(self, name: str) -> CheckpointTensor:
-        """The stored tensor of that name, a new object at each call; raises CheckpointError when there is none."""
+    def tensor(self, name: str) -> CheckpointTensor | CheckpointWeight:
+        """The weight of that name, a new object at each call; raises CheckpointError when there is none."""
+        if name in self._matrices:
+            return CheckpointWeight(name, self.quantized_weight(name))
+        return self._stored_tensor(name)
+
+    def quantized_weight(self, name: str) -> QuantizedWeight:
+        """The codes and scales of the weight ``name``, which must be stored quantized."""
+        assert self.quantized is not None
+        matrix = self.quantized.matrices[name]
+        return self.quantized.weight(name, {p: self._stored_tensor(f"{matrix.module}.{p}") for p in matrix.parts})
+
+    def scale(self, name: str) -> float:
+        """The number in a stored tensor of one element; raises CheckpointError when there is none."""
+        return scale_of(name, self._stored_tensor(name))
+
+    @property
+    def _matrices(self) -> Mapping[str, StoredMatrix]:
+        return self.quantized.matrices if self.quantized is not None else {}
+
+    def _stored_tensor(self, name: str) -> CheckpointTensor:
         if name not in self._stored:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}")
         stored, path = self._stored[name]
@@ -138,7 +232,7 @@ class Checkpoint:
         Experts are stacked, gate before up: ``mlp.experts.gate_up_proj`` [E, 2I, C], ``mlp.experts.down_proj``
         [E, C, I]. Tied embeddings stand for each other when one of them is absent.
         """
-        if name in self._stored:
+        if name in self._stored or name in self._matrices:
             return self.tensor(name)
         if self.config.tie_word_embeddings and name in (EMBEDDING, OUTPUT_HEAD):
             return self.tensor(EMBEDDING if name == OUTPUT_HEAD else OUTPUT_HEAD)
@@ -171,11 +265,12 @@ class Checkpoint:
         return sum(stored.length for stored, _ in self._stored.values())
 
     def largest_tensor_bytes(self, dtype: ir.DataType | None = None) -> int:
-        """Bytes the largest stored tensor takes, converted to ``dtype`` when that is given."""
-        return max(
-            stored.length if dtype is None else math.ceil(math.prod(stored.shape) * dtype.itemsize)
-            for stored, _ in self._stored.values()
-        )
+        """Bytes the largest stored tensor takes, or the largest weight converted to ``dtype`` when that is given."""
+        if dtype is None:
+            return max(stored.length for stored, _ in self._stored.values())
+        sizes = [math.prod(self._stored[name][0].shape) for name in self.names if name not in self._matrices]
+        sizes += [matrix.rows * matrix.columns for matrix in self._matrices.values()]
+        return math.ceil(max(sizes) * dtype.itemsize)
 
 
 def _collect(
@@ -221,12 +316,11 @@ def _check_tensors(
     folder: Path,
     config: ModelConfig,
     stored: Mapping[str, tuple[StoredTensor, str]],
-    layout: ExpertLayout,
+    expected: Mapping[str, Part],
     headers: Mapping[str, SafetensorsHeader],
 ) -> None:
-    expected = expected_tensors(config, layout)
     where = folder / (INDEX_FILE if len(headers) > 1 else next(iter(headers)))
-    missing = [name for name in expected if name not in stored]
+    missing = [name for name, part in expected.items() if part.required and name not in stored]
     if config.tie_word_embeddings and len({EMBEDDING, OUTPUT_HEAD} & set(missing)) == 1:
         missing = [name for name in missing if name not in (EMBEDDING, OUTPUT_HEAD)]
     if missing:
@@ -241,15 +335,16 @@ def _check_tensors(
             "place for: correct config.json or use the matching weights"
         )
     for name, (tensor, file) in stored.items():
-        if tensor.shape != expected[name]:
+        part = expected[name]
+        if tensor.shape not in part.shapes:
             raise CheckpointError(
                 f"{folder / file}: tensor {name!r} has shape {list(tensor.shape)} but config.json makes it "
-                f"{list(expected[name])}: correct config.json or use the matching weights"
+                f"{list(part.shapes[0])}: correct config.json or use the matching weights"
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in part.dtypes:
             raise CheckpointError(
-                f"{folder / file}: tensor {name!r} has dtype {tensor.dtype}, only {', '.join(_DTYPES)} are supported: "
-                "use the unquantized checkpoint"
+                f"{folder / file}: tensor {name!r} has dtype {tensor.dtype}, only {', '.join(part.dtypes)} are "
+                "supported: use the unquantized checkpoint, or correct quantization_config"
             )
 
 

@@ -172,7 +172,8 @@ class ModelConfig:
             source=dict(values),
             **experts,
         )
-        fields.finish(BOOKKEEPING)
+        # How weights are stored, not what they are: exporter.prequantized reads it.
+        fields.finish(BOOKKEEPING | {"quantization_config"})
         return replace(config, decisive=fields.decisive)
 
     def to_transformers(self) -> Any:

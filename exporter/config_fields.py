@@ -35,7 +35,6 @@ _MAX_DEPTH = 32
 """Deepest nesting of a value; transformers writes 3."""
 
 _EXPLANATIONS = {
-    "quantization_config": "quantized checkpoints are not supported; export the unquantized checkpoint instead",
     "compression_config": "compressed checkpoints are not supported; export the uncompressed checkpoint instead",
     "auto_map": "the checkpoint brings its own modeling code, which is not run; only transformers' own is supported",
     "dual_chunk_attention_config": "dual chunk attention is not supported; remove the field to run plain attention",

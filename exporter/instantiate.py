@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.exporter.checkpoint import Checkpoint, CheckpointTensor
+from qwenforge.exporter.checkpoint import Checkpoint, CheckpointTensor, SealedWeight, checkpoint_names
 from qwenforge.exporter.expected_tensors import EMBEDDING, OUTPUT_HEAD
 from qwenforge.exporter.trace import TracedModel
-from qwenforge.exporter.weights import leaves, substitute
+from qwenforge.exporter.weights import substitute
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _CACHE = re.compile(r"^(past_key_values|present)\.(\d+)\.(key|value)$")
@@ -82,7 +82,7 @@ def instantiate(fused: ir.Model, traced: TracedModel, checkpoint: Checkpoint) ->
 def _require_all_tensors(initializers: list[ir.Value], checkpoint: Checkpoint) -> None:
     """A weight lost on the way here would only show as wrong logits."""
     tensors = [value.const_value for value in initializers if value.const_value is not None]
-    read = {leaf.checkpoint_name for tensor in tensors for leaf in leaves(tensor) if isinstance(leaf, CheckpointTensor)}
+    read = {name for tensor in tensors for name in checkpoint_names(tensor)}
     unread = set(checkpoint.names) - read
     if checkpoint.config.tie_word_embeddings:
         unread -= {EMBEDDING, OUTPUT_HEAD}
@@ -165,7 +165,7 @@ class _Copier:
         if old not in self._values:
             if old.const_value is None:
                 raise RuntimeError(f"value {old.name} is used before it is made")
-            self.initializers.append(self.bind(old, _copied(old, old.name, old.const_value)))
+            self.initializers.append(self.bind(old, _copied(old, old.name, self._unsealed(old.const_value))))
         return self._values[old]
 
     def shared_node(self, node: ir.Node) -> ir.Node:
@@ -212,17 +212,26 @@ class _Copier:
         return nodes, own[template.hidden_out], present
 
     def _is_of_layer(self, tensor: ir.TensorProtocol) -> bool:
-        named = (leaf.checkpoint_name for leaf in leaves(tensor) if isinstance(leaf, CheckpointTensor))
-        return any(_LAYER.match(name) for name in named)
+        return any(_LAYER.match(name) for name in checkpoint_names(tensor))
 
     def _tensor_of(self, tensor: ir.TensorProtocol, template: int, layer: int) -> ir.TensorProtocol:
         """The same weight expression over the tensors of checkpoint layer ``layer``."""
         source = f"model.layers.{self._representative[template]}."
 
         def exchange(leaf: ir.TensorProtocol) -> ir.TensorProtocol:
-            if not isinstance(leaf, CheckpointTensor) or not leaf.checkpoint_name.startswith(source):
+            if not isinstance(leaf, (CheckpointTensor, SealedWeight)):
+                return leaf
+            if not leaf.checkpoint_name.startswith(source):
                 return leaf
             return self._checkpoint.tensor(f"model.layers.{layer}.{leaf.checkpoint_name.removeprefix(source)}")
+
+        return substitute(tensor, exchange)
+
+    def _unsealed(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """The same weight expression over the codes and scales of quantized weights."""
+
+        def exchange(leaf: ir.TensorProtocol) -> ir.TensorProtocol:
+            return self._checkpoint.tensor(leaf.checkpoint_name) if isinstance(leaf, SealedWeight) else leaf
 
         return substitute(tensor, exchange)
 

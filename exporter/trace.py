@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.exporter.cache_argument import cache_argument
-from qwenforge.exporter.checkpoint import Checkpoint
+from qwenforge.exporter.checkpoint import Checkpoint, sealed
 from qwenforge.exporter.config import LayerKind, ModelConfig
 from qwenforge.exporter.weights import cast
 
@@ -178,7 +178,7 @@ def _attach_weights(model: ir.Model, checkpoint: Checkpoint, representative: tup
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
-        tensor = checkpoint.state_tensor(checkpoint_name(name, representative))
+        tensor = sealed(checkpoint.state_tensor(checkpoint_name(name, representative)))
         assert value.dtype is not None
         if list(tensor.shape) != list(value.shape or ()):
             raise RuntimeError(f"traced initializer {name} is {value.shape}, the checkpoint's tensor {tensor.shape}")

@@ -147,6 +147,26 @@ class Interleave(Transform):
 
 
 @dataclass(frozen=True)
+class RepeatRows(Transform):
+    """Row i of the ``rows`` rows of the result is row i // ``times`` of the source."""
+
+    times: int
+    rows: int
+
+    def shape(self, sources: Sequence[Dims]) -> Dims:
+        (source,) = sources
+        if source[0] != -(-self.rows // self.times):
+            raise ValueError(f"{source[0]} rows repeated {self.times} times do not make {self.rows}")
+        return (self.rows, *source[1:])
+
+    def apply(self, sources: Sequence[Array]) -> Array:
+        (source,) = sources
+        if len(source) == 1:
+            return np.broadcast_to(source, (self.rows, *source.shape[1:]))
+        return np.repeat(source, self.times, axis=0)[: self.rows]
+
+
+@dataclass(frozen=True)
 class Cast(Transform):
     """Values converted to another floating-point dtype, rounding to nearest even as torch does."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +26,7 @@ from qwenforge.exporter.transforms import (
     Dims,
     Interleave,
     Multiply,
+    RepeatRows,
     Reshape,
     RowWise,
     Slice,
@@ -58,6 +59,9 @@ class DerivedTensor(ir.TensorProtocol):
         sources: The tensors the transform is applied to.
         transform: What is done to them.
     """
+
+    whole: ClassVar[bool] = False
+    """Whether :func:`substitute` takes it for a leaf, whatever it is made of."""
 
     def __init__(self, transform: Transform, sources: Sequence[ir.TensorProtocol], *, name: str | None = None) -> None:
         """Infer shape and dtype; raises ValueError when the sources do not fit the transform."""
@@ -245,14 +249,17 @@ def leaves(tensor: ir.TensorProtocol) -> Iterator[ir.TensorProtocol]:
 def substitute(
     tensor: ir.TensorProtocol, function: Callable[[ir.TensorProtocol], ir.TensorProtocol]
 ) -> ir.TensorProtocol:
-    """The same plan over other leaves: each leaf is replaced by ``function(leaf)``; the result keeps its dtype."""
+    """The same plan over other leaves: each leaf is replaced by ``function(leaf)``; the result keeps its dtype.
+
+    Here a leaf is also what is to be replaced as a whole (:attr:`DerivedTensor.whole`).
+    """
     return cast(_substitute(tensor, function), tensor.dtype)
 
 
 def _substitute(
     tensor: ir.TensorProtocol, function: Callable[[ir.TensorProtocol], ir.TensorProtocol]
 ) -> ir.TensorProtocol:
-    if not isinstance(tensor, DerivedTensor):
+    if not isinstance(tensor, DerivedTensor) or tensor.whole:
         return function(tensor)
     sources = [_substitute(source, function) for source in tensor.sources]
     match tensor.transform:
@@ -340,22 +347,47 @@ def _blocks(tensor: ir.TensorProtocol) -> Iterator[Array]:
 
 def _row_blocks(tensor: DerivedTensor) -> Iterator[Array]:
     """Blocks of a row-wise computation, whole rows of axis 0 at a time."""
-    parts = [_view(source) for source in tensor.sources]
+    read = _row_reader(tensor)
     total = dims(tensor)[0]
     rows = max(1, BLOCK_BYTES * total // max(1, tensor.size * 4))
     for start in range(0, total, rows):
-        pieces = [part if len(part) == 1 != total else part[start : start + rows] for part in parts]
         try:
-            yield np.ascontiguousarray(tensor.transform.apply(pieces)).reshape(-1)
+            yield np.ascontiguousarray(read(start, min(start + rows, total))).reshape(-1)
         except ValueError as error:
             raise UserError(f"tensor {_describe(tensor)} holds {error}: download the checkpoint again") from error
+
+
+def _row_reader(tensor: ir.TensorProtocol) -> Callable[[int, int], Array]:
+    """A function that computes rows ``start`` to ``end`` of ``tensor``; row-wise steps compute no others."""
+    if isinstance(tensor, DerivedTensor) and isinstance(tensor.transform, RowWise):
+        transform, total = tensor.transform, dims(tensor)[0]
+        readers = [(_row_reader(source), dims(source)[0] == 1 != total) for source in tensor.sources]
+        return lambda start, end: transform.apply([read(0, 1) if one else read(start, end) for read, one in readers])
+    if isinstance(tensor, DerivedTensor) and isinstance(tensor.transform, Reshape):
+        (source,) = tensor.sources
+        if len(dims(source)) == 3 and dims(tensor)[1:] == dims(source)[2:]:
+            return _merged_rows(_row_reader(source), dims(source)[1])
+    view = _view(tensor)
+    return lambda start, end: view[start:end]
+
+
+def _merged_rows(read: Callable[[int, int], Array], count: int) -> Callable[[int, int], Array]:
+    """Rows of [R, count, W] as those of [R * count, W]."""
+
+    def rows(start: int, end: int) -> Array:
+        first = start // count
+        block = read(first, -(-end // count))
+        merged: Array = block.reshape(-1, block.shape[-1])[start - first * count : end - first * count]
+        return merged
+
+    return rows
 
 
 def _view(tensor: ir.TensorProtocol) -> Array:
     """The tensor as an array: strided over mapped leaves where the plan allows, else computed."""
     if not isinstance(tensor, DerivedTensor):
         return mapped_array(tensor)
-    if isinstance(tensor.transform, (Transpose, Slice, Reshape, Interleave)):
+    if isinstance(tensor.transform, (Transpose, Slice, Reshape, Interleave, RepeatRows)):
         return tensor.transform.apply([_view(tensor.sources[0])])
     return tensor.numpy()
 

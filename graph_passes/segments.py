@@ -8,6 +8,7 @@ become outputs of one piece and inputs of later ones.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
@@ -23,7 +24,16 @@ def split_by_layer(model: ir.Model) -> list[ir.Model]:
     Raises:
         GraphError: a layer reads what a later one makes, so that no order of whole layers computes the model.
     """
-    owner = _owners(model)
+    return split_by_owner(model, _owners(model))
+
+
+def split_by_owner(model: ir.Model, owner: Mapping[ir.Node, int]) -> list[ir.Model]:
+    """The pieces in the order of their numbers, none empty; no node may read what a piece of a larger number makes.
+
+    Args:
+        model: the model; its initializers are shared with the pieces, not copied.
+        owner: the piece of each node.
+    """
     pieces: dict[int, list[ir.Node]] = {}
     for node in model.graph:
         pieces.setdefault(owner[node], []).append(node)
@@ -52,7 +62,7 @@ def _owners(model: ir.Model) -> dict[ir.Node, int]:
     return owner
 
 
-def _piece(model: ir.Model, nodes: list[ir.Node], index: int, owner: dict[ir.Node, int]) -> ir.Model:
+def _piece(model: ir.Model, nodes: list[ir.Node], index: int, owner: Mapping[ir.Node, int]) -> ir.Model:
     mapping: dict[ir.Value, ir.Value] = {}
     inputs: list[ir.Value] = []
     initializers: list[ir.Value] = []

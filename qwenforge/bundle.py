@@ -74,6 +74,11 @@ class Bundle:
         return self.path / MODEL_NAME
 
     @property
+    def prefill_path(self) -> Path | None:
+        """The graph for many tokens at once; None where the first one is for every step."""
+        return self.path / self.manifest.prefill.file if self.manifest.prefill is not None else None
+
+    @property
     def tokenizer_path(self) -> Path:
         """``tokenizer.json``; BundleError when the bundle was made without a tokenizer."""
         return self._require(TOKENIZER)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenforge.chat_template import Message
 from qwenforge.errors import BundleError, UnsupportedError, UserError
 from qwenforge.manifest import Manifest
 from qwenforge.ort_cuda_choice import ORT_CUDA
@@ -19,7 +20,7 @@ from qwenforge.runtime.sampling import Sampler, SamplingOptions
 from qwenforge.runtime.scoring import iterate_logits, log_probabilities
 from qwenforge.runtime.session import GraphSession
 from qwenforge.runtime.stopping import DEFAULT_MAX_NEW_TOKENS, StopStrings
-from qwenforge.runtime.tokenizer import IncrementalDecoder, Message, Tokenizer
+from qwenforge.runtime.tokenizer import IncrementalDecoder, Tokenizer
 
 PREFILL_CHUNK = 512
 """Tokens of a prefill step, unless ``load`` is told otherwise."""
@@ -249,13 +250,16 @@ def load(
         )
     length = _within("max_length", max_length, manifest.limits.max_length)
     batch = _within("max_batch", max_batch, manifest.limits.max_batch) or DEFAULT_MAX_BATCH
-    session = GraphSession(
-        bundle.model_path,
-        threads=threads,
-        session_options=manifest.session_options,
-        vocabulary_size=manifest.model.vocab_size,
-        backend=_backend(manifest, path, Path(plugin_library) if plugin_library is not None else None, gpu),
-    )
+    options: dict[str, Any] = {
+        "threads": threads,
+        "session_options": manifest.session_options,
+        "vocabulary_size": manifest.model.vocab_size,
+        "backend": _backend(manifest, path, Path(plugin_library) if plugin_library is not None else None, gpu),
+    }
+    if bundle.prefill_path is not None and manifest.prefill is not None:
+        options["prefill"] = GraphSession(bundle.prefill_path, **options)
+        options["prefill_tokens"] = manifest.prefill.minimum_tokens
+    session = GraphSession(bundle.model_path, **options)
     tokenizer = Tokenizer(bundle.tokenizer_path, bundle.tokenizer_config, bundle.chat_template)
     end_tokens = manifest.eos_token_ids or _end_tokens(bundle.generation_config, tokenizer)
     return LanguageModel(

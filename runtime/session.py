@@ -65,10 +65,12 @@ class GraphSession:
         session_options: ONNX Runtime session configuration entries, such as ``session.disable_prepacking``.
         vocabulary_size: V, which the graph may leave symbolic.
         backend: what runs it; the CPU unless told otherwise.
+        prefill: the same model over the same caches, faster for many tokens at once.
+        prefill_tokens: tokens of a step, all rows together, from which on ``prefill`` runs it.
 
     Raises:
         BundleError: the model cannot be loaded, or its signature is not the one of :mod:`qwenforge.names`, or it has
-            another vocabulary.
+            another vocabulary, or ``prefill`` has other caches.
         UserError: ``threads`` is less than 1.
     """
 
@@ -80,6 +82,8 @@ class GraphSession:
         session_options: Mapping[str, str] | None = None,
         vocabulary_size: int | None = None,
         backend: Backend | None = None,
+        prefill: GraphSession | None = None,
+        prefill_tokens: int = 1,
     ) -> None:
         import onnxruntime
 
@@ -93,7 +97,7 @@ class GraphSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            for key, value in (session_options or {}).items():
+            for key, value in (self.backend.session_options | dict(session_options or {})).items():
                 options.add_session_config_entry(key, value)
             if self.backend.library is not None:
                 options.register_custom_ops_library(str(self.backend.library))
@@ -113,6 +117,12 @@ class GraphSession:
         capacity = inputs[self.cache_tensors[0].past_name].shape[2]
         self.fixed_capacity: int | None = capacity if isinstance(capacity, int) else None
         """M where the graph fixes it, else None: any capacity can be bound."""
+        if prefill is not None and (prefill.cache_tensors, prefill.cache_dtype) != (
+            self.cache_tensors,
+            self.cache_dtype,
+        ):
+            raise BundleError(f"{prefill.model_path}: its caches are not those of {self.model_path}; export it again")
+        self._prefill, self._prefill_tokens = prefill, prefill_tokens
         self._graph_ids = itertools.count(1)
         # ONNX Runtime: no two runs at once of a session that captures.
         self._one_at_a_time = threading.Lock() if self.backend.captures_decode else None
@@ -198,7 +208,15 @@ class GraphSession:
     def bind(
         self, cache: KeyValueCache, *, first_row: int, batch: int, new_tokens: int, logits_count: int
     ) -> BoundStep:
-        """A step of ``new_tokens`` tokens for ``batch`` rows of ``cache`` that begin at ``first_row``."""
+        """A step of ``new_tokens`` tokens for ``batch`` rows of ``cache`` that begin at ``first_row``.
+
+        The prefill graph is for prompts, of which one token's logits are asked for. A text that is scored, all of whose
+        logits are, is scored by the graph that generates.
+        """
+        if self._prefill is not None and logits_count == 1 and batch * new_tokens >= self._prefill_tokens:
+            return self._prefill.bind(
+                cache, first_row=first_row, batch=batch, new_tokens=new_tokens, logits_count=logits_count
+            )
         shape = (first_row, batch, new_tokens, logits_count)
         if self._pool is not None and self._pool.keeps(cache) and shape == (0, batch, 1, 1):
             return self._pool.step(batch, lambda: BoundStep(self, cache, *shape, next(self._graph_ids)))

@@ -1,25 +1,19 @@
 """Text to tokens and back: ``tokenizer.json``, the chat template, and detokenisation piece by piece.
 
-The template environment is the one Hugging Face templates are written for: sandboxed jinja2 with trimmed blocks,
-``raise_exception``, ``strftime_now`` and a ``tojson`` that leaves non-ASCII text alone.
+How a template is rendered is in :mod:`qwenforge.chat_template`, which calibration uses too.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from qwenforge.chat_template import Message, render, special_tokens
 from qwenforge.errors import BundleError, UserError
 
-Message = Mapping[str, Any]
-"""One chat message, such as ``{"role": "user", "content": "..."}``."""
-
 REPLACEMENT = "\ufffd"
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -47,9 +41,7 @@ class Tokenizer:
         self._config = dict(config or {})
         in_config = self._config.get("chat_template")
         self._template = chat_template or (in_config if isinstance(in_config, str) else None)
-        self.special_tokens = {
-            name: text for name in _SPECIAL_TOKENS if (text := _token_text(self._config.get(name))) is not None
-        }
+        self.special_tokens = special_tokens(self._config)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of ``text``; special tokens written in it are recognized.
@@ -85,8 +77,7 @@ class Tokenizer:
         if self._template is None:
             raise UserError(f"{self.path.parent}: the bundle has no chat template; give the text with --prompt instead")
         try:
-            template = _environment().from_string(self._template)
-            return str(template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens))
+            return render(self._template, messages, self.special_tokens, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise UserError(
                 f"{self.path.parent}: the chat template rejects the messages: {_one_line(error)}; change the messages "
@@ -151,30 +142,3 @@ class IncrementalDecoder:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
-
-
-def _token_text(value: object) -> str | None:
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _environment() -> Any:
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
-
-    def to_json(value: object, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment

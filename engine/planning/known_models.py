@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qwenforge.errors import UserError
 from qwenforge.exporter.config import ModelConfig
+from qwenforge.exporter.prequantized.format import Format
+from qwenforge.exporter.prequantized.read import read_format
 
 CONFIGS = Path(__file__).parent / "configs"
 """Folder of the configurations that ship with the package."""
@@ -36,3 +38,15 @@ def model_config(checkpoint: str) -> tuple[str, ModelConfig]:
             f"{', '.join(KNOWN_MODELS)}."
         )
     return folder.resolve().name, ModelConfig.read(folder / "config.json")
+
+
+def stored_format(checkpoint: str, config: ModelConfig) -> Format | None:
+    """How the weights of what :func:`model_config` read are quantized; None for floating-point weights.
+
+    Raises:
+        CheckpointError: the folder's description of it is damaged.
+        UnsupportedError: it is a format that is not supported.
+    """
+    if checkpoint.lower() in KNOWN_MODELS:
+        return None
+    return read_format(Path(checkpoint), config.source)

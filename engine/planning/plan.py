@@ -17,9 +17,10 @@ from qwenforge.engine.planning.model_size import (
     experts_read,
     matrix_operations,
 )
-from qwenforge.engine.planning.recipes import RECIPES, Recipe
+from qwenforge.engine.planning.recipes import RECIPES, STORED, Recipe, stored_recipe
 from qwenforge.errors import UnsupportedError, UserError
 from qwenforge.exporter.config import ModelConfig
+from qwenforge.exporter.prequantized.format import Format
 
 CONTEXT_BYTES = 0.6 * GB
 """CUDA context and loaded kernels on a device."""
@@ -97,7 +98,7 @@ class Plan:
         parameters: of the model.
         usable_bytes: memory of one device that a model can have.
         export_bytes: host memory of an export, verification included.
-        recipes: in the order of :data:`~qwenforge.engine.planning.recipes.RECIPES`.
+        recipes: in the order of :data:`~qwenforge.engine.planning.recipes.RECIPES`, or what a quantized checkpoint is.
         refused: why, for the recipes that the device cannot use.
         chosen: the recipe, or None when nothing fits.
         reason: for the choice, one sentence.
@@ -117,19 +118,28 @@ class Plan:
     lowering: str
 
 
-def make_plan(config: ModelConfig, device: Device, workload: Workload, *, tensorrt: str | None = None) -> Plan:
-    """Plan ``config`` on ``device``.
+def make_plan(
+    config: ModelConfig,
+    device: Device,
+    workload: Workload,
+    *,
+    tensorrt: str | None = None,
+    stored: Format | None = None,
+) -> Plan:
+    """Plan ``config`` on ``device``; ``stored`` says how the checkpoint is quantized already, if it is.
 
     Raises:
         UserError: the workload is longer than the model's context, or the prompt than the workload.
-        UnsupportedError: the device does not run this TensorRT, or cannot hold the cache's type.
+        UnsupportedError: the device does not run this TensorRT, cannot hold the cache's type or use the stored weights.
     """
     _check(config, device, workload)
     version = device.require_tensorrt(tensorrt)
     parameters = count_parameters(config)
     usable = _usable_bytes(device)
     plans, refused = [], {}
-    for recipe in RECIPES:
+    if stored is not None:
+        device.require_precision(stored_recipe(stored).weight)
+    for recipe in RECIPES if stored is None else (stored_recipe(stored),):
         try:
             device.require_precision(recipe.weight)
         except UnsupportedError as error:
@@ -220,9 +230,15 @@ def _decode(
     matrices = matrix_operations(config, parameters, rows, rows)
     attention = attention_operations(config, rows, 1, past)
     arithmetic = matrices / device.rates[recipe.arithmetic] + attention / device.rates["bf16"]
-    read = recipe.bytes_read(parameters, experts_read(config, rows), rows * config.hidden_size)
-    read += cache_bytes_per_token(config, _CACHE_BYTES[workload.cache]) * rows * (past + 1)
+    read = decode_bytes(config, parameters, workload, recipe)
     return _roofline(arithmetic / devices, read / device.bandwidth / devices)
+
+
+def decode_bytes(config: ModelConfig, parameters: Parameters, workload: Workload, recipe: Recipe) -> float:
+    """Bytes that the last step of a full batch reads: the weights its tokens need, and the whole cache."""
+    rows = workload.max_batch
+    read = recipe.bytes_read(parameters, experts_read(config, rows), rows * config.hidden_size)
+    return read + cache_bytes_per_token(config, _CACHE_BYTES[workload.cache]) * rows * workload.max_length
 
 
 def _roofline(arithmetic: float, memory: float) -> Roofline:
@@ -244,6 +260,8 @@ def _choose(plans: list[RecipePlan], device: Device, usable: float) -> tuple[Rec
     fewest = min(plan.devices for plan in fitting)
     chosen = next(plan for plan in fitting if plan.devices == fewest)
     where = "one device" if fewest == 1 else f"{fewest} devices, the fewest that any recipe takes"
+    if chosen.recipe.name == STORED:
+        return chosen, f"{chosen.recipe.summary} fit on {where}"
     skipped = [
         plan.recipe.name for plan in fitting if plan.devices > fewest and plans.index(plan) < plans.index(chosen)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwenforge.engine.planning.model_size import Parameters
+from qwenforge.exporter.prequantized.format import Format
 
 _SIXTEEN_BITS = 2.0
 
@@ -48,3 +49,19 @@ RECIPES = (
     Recipe("int4-weight-only", "4-bit weights, a scale for 128, multiplied in 16 bits", "int4", "bf16", 4.125),
 )
 """From the most exact to the smallest; an 8-bit format's scale a row is less than 0.02 bits an element."""
+
+STORED = "checkpoint"
+"""The name of the recipe that keeps the codes of a checkpoint that is quantized already."""
+
+
+def stored_recipe(stored: Format) -> Recipe:
+    """What a quantized checkpoint costs as it is; its activations are 16-bit unless it has static scales for them."""
+    weight = "int4" if stored.weight_format == "uint4" else stored.weight_format
+    inputs = f", {stored.activation} activations" if stored.activation is not None else ", multiplied in 16 bits"
+    return Recipe(
+        STORED, f"the checkpoint's own {stored.summary} weights{inputs}", weight, _arithmetic(stored), stored.bits
+    )
+
+
+def _arithmetic(stored: Format) -> str:
+    return stored.activation if stored.activation is not None else "bf16"

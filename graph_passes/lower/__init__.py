@@ -9,13 +9,19 @@ import onnx_ir as ir
 
 from qwenforge.errors import UnsupportedError
 from qwenforge.graph_passes.infra import FusionPass
+from qwenforge.graph_passes.lower.ort_quantized_linear import Form
 from qwenforge.lowering_choice import LoweringChoice
 from qwenforge.ort_cuda_choice import ORT_CUDA, OrtCudaChoice
 from qwenforge.tensorrt_choice import TensorRTChoice
 
 
 def lowering_rules(
-    target: str, *, weights: str = "copy", choice: LoweringChoice | None = None, capacity: int | None = None
+    target: str,
+    *,
+    weights: str = "copy",
+    choice: LoweringChoice | None = None,
+    capacity: int | None = None,
+    products: Form = "static",
 ) -> list[FusionPass]:
     """The rules that follow the portable ones for ``target``, in order; for ``portable``, explicit quantization.
 
@@ -25,6 +31,7 @@ def lowering_rules(
         choice: how to lower for TensorRT, needed for its targets, or for ONNX Runtime on CUDA (by default as
             ``ort_cuda_choice.choose``).
         capacity: the static cache capacity for TensorRT; None leaves it symbolic.
+        products: the form of products by quantized matrices for ``ort-cpu`` (:mod:`.ort_quantized_linear`).
 
     Raises:
         UnsupportedError: there is no lowering for ``target``.
@@ -36,7 +43,7 @@ def lowering_rules(
     if target == "ort-cpu":
         from qwenforge.graph_passes.lower.ort_cpu import ort_cpu_rules
 
-        return ort_cpu_rules(weights=weights)
+        return ort_cpu_rules(weights=weights, products=products)
     if target == ORT_CUDA:
         from qwenforge.graph_passes.lower.ort_cuda import ort_cuda_rules
         from qwenforge.ort_cuda_choice import choose
@@ -59,6 +66,7 @@ def lower(
     weights: str = "copy",
     choice: LoweringChoice | None = None,
     capacity: int | None = None,
+    products: Form = "static",
 ) -> ir.Model:
     """Lower a portable model in place and return it; dead nodes, functions and initializers are dropped.
 
@@ -66,7 +74,7 @@ def lower(
     """
     from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-    for rule in lowering_rules(target, weights=weights, choice=choice, capacity=capacity):
+    for rule in lowering_rules(target, weights=weights, choice=choice, capacity=capacity, products=products):
         rule(model)
         RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]

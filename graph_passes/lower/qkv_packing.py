@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qwenforge.exporter import weights
+from qwenforge.exporter.quantized_weights import as_quantized
 from qwenforge.graph_passes.infra import FusionPass, add_initializer, is_op, static_dim, tag
 
 
@@ -42,6 +43,9 @@ class PackQKV(FusionPass):
             if len({part.x for part in projections}) != 1 or len({part.bias is None for part in projections}) != 1:
                 self.fail("q, k and v project different tensors, or only some have a bias", node)
                 continue
+            if len({_format(part.weight) for part in projections}) != 1:
+                self.fail("q, k and v are quantized differently", node)
+                continue
             if any(len(part.output.uses()) != 1 for part in projections):
                 self.fail("a projection has another use", node)
                 continue
@@ -75,6 +79,13 @@ class PackQKV(FusionPass):
 
     def packed(self, attention: ir.Node) -> None:
         """Tell ``attention`` that its QKV is packed, where the missing inputs do not say it."""
+
+
+def _format(matrix: ir.Value) -> tuple[str, int, bool] | None:
+    """How ``matrix`` [K, N] is quantized: joined to one of another kind it could not be stored as codes."""
+    assert matrix.const_value is not None
+    found = as_quantized(weights.transpose(matrix.const_value, (1, 0)))
+    return (found.format, found.group_size, found.zero_points is None) if found is not None else None
 
 
 def _projection(value: ir.Value | None) -> Projection | None:

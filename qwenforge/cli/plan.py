@@ -24,7 +24,8 @@ class PlanCommand(Command):
     description = (
         "From a checkpoint's config.json alone, or an official model's name, say for every weight format how much "
         "memory it takes on a device, how many devices, how fast it could be at best and what limits it, and which "
-        "format and lowering we would choose. Nothing is read but config.json. Exits 1 when nothing fits."
+        "format and lowering we would choose. A checkpoint that is quantized already is counted as it is. Nothing is "
+        "read but its configuration. Exits 1 when nothing fits."
     )
     example = "qwenforge plan qwen2-72b --device h200 --max-length 8192 --max-batch 4"
 
@@ -45,12 +46,13 @@ class PlanCommand(Command):
     def run(self, args: argparse.Namespace) -> int:
         """Print the plan; UserError when the model or the device is unknown or cannot do what is asked."""
         from qwenforge.devices import get_device
-        from qwenforge.engine.planning.known_models import model_config
+        from qwenforge.engine.planning.known_models import model_config, stored_format
         from qwenforge.engine.planning.plan import Workload, make_plan
 
         name, config = model_config(args.checkpoint)
+        stored = stored_format(args.checkpoint, config)
         workload = Workload(args.max_length, args.max_batch, args.prompt_tokens, args.kv_cache)
-        plan = make_plan(config, get_device(args.device), workload, tensorrt=args.tensorrt)
+        plan = make_plan(config, get_device(args.device), workload, tensorrt=args.tensorrt, stored=stored)
         if args.html is not None:
             from qwenforge.engine.planning.plan_html import render_page
 

@@ -232,7 +232,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": YARN | {"short_factor": [1]}}, "'short_factor' is not supported"),
     ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' = 0.5"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "'partial_rotary_factor' = 0.5"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "'quantization_config' is not supported: quantized"),
     ({"auto_map": {"AutoModel": "x.Y"}}, "'auto_map' is not supported: the checkpoint brings its own"),
     ({"use_mrope": True}, "'use_mrope' is not supported"),
     ({"dual_chunk_attention_config": {"chunk_size": 4}}, "dual chunk attention"),

@@ -47,12 +47,17 @@ def test_wheel_is_marked_as_typed(contents: set[str]) -> None:
 def test_wheel_holds_no_native_source_and_no_tool_settings(contents: set[str]) -> None:
     packaged = {name for name in contents if ".dist-info/" not in name}
     assert {name.partition("/")[0] for name in packaged} == {"qwenforge"}
-    assert {Path(name).suffix for name in packaged} <= {".py", ".typed", ".jinja", ".json", ".yaml"}
+    assert {Path(name).suffix for name in packaged} <= {".py", ".typed", ".jinja", ".json", ".yaml", ".jsonl", ".txt"}
 
 
 def test_wheel_holds_the_configurations_of_known_models(contents: set[str]) -> None:
     packaged = {Path(name).stem for name in contents if Path(name).suffix == ".json"}
     assert packaged == set(KNOWN_MODELS)
+
+
+def test_wheel_holds_the_calibration_sample_and_its_licence(contents: set[str]) -> None:
+    packaged = {name for name in contents if name.endswith((".jsonl", ".txt")) and ".dist-info/" not in name}
+    assert packaged == {"qwenforge/calibration/sample.jsonl", "qwenforge/calibration/sample.LICENSE.txt"}
 
 
 def test_wheel_holds_the_licence(contents: set[str]) -> None:

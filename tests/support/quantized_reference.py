@@ -98,14 +98,16 @@ def fake_quantized(model: Any, plan: QuantizationPlan, *, dtype: str = "float32"
     copied = _smoothed(model, {name: numbers(f"{name}.smoothing") for name in plan.smoothed}).double()
     for name, modules in _linear_sites(copied):
         site = plan.sites.get(name)
-        if site is None or site.weight is None:
+        if site is None:
             continue
-        points = numbers(f"{name}.weight_zero_points") if f"{name}.weight_zero_points" in plan.tensors else None
-        rows, scales = [len(module.weight) for module in modules], rounded(f"{name}.weight_scales")
-        matrix = torch.cat([module.weight for module in modules])
-        quantized = quantize_dequantize(matrix, scales, site.weight, site.group_size, points)
-        for module, part in zip(modules, quantized.split(rows), strict=True):
-            module.weight.data = part.contiguous()
+        if site.weight is not None:
+            points = numbers(f"{name}.weight_zero_points") if f"{name}.weight_zero_points" in plan.tensors else None
+            rows, scales = [len(module.weight) for module in modules], rounded(f"{name}.weight_scales")
+            matrix = torch.cat([module.weight for module in modules])
+            quantized = quantize_dequantize(matrix, scales, site.weight, site.group_size, points)
+            for module, part in zip(modules, quantized.split(rows), strict=True):
+                module.weight.data = part.contiguous()
+        for module in modules:
             if site.activation is not None:
                 scale, kind = rounded(f"{name}.input_scale"), site.activation
                 module.register_forward_pre_hook(
@@ -113,9 +115,11 @@ def fake_quantized(model: Any, plan: QuantizationPlan, *, dtype: str = "float32"
                 )
     for name, experts in _expert_sites(copied):
         site = plan.sites.get(name)
-        if site is None or site.weight is None:
+        if site is None:
             continue
         for part, parameter in (("gate_up", experts.gate_up_proj), ("down", experts.down_proj)):
+            if site.weight is None:
+                continue
             points = f"{name}.{part}_zero_points"
             each = numbers(points) if points in plan.tensors else [None] * len(parameter)
             parameter.data = torch.stack(

@@ -76,7 +76,7 @@ def _logits(model: ir.Model) -> np.ndarray[Any, Any]:
 
 
 HOW = ("portable", "plugin", "rtx", "opset 20", "ort-cuda")
-REFUSED = (("int8 cache", "rtx"), ("fp8", "opset 20"))
+REFUSED = (("int8 cache", "rtx"), ("fp8", "opset 20"), ("fp8", "ort-cuda"), ("int8 w8a8", "ort-cuda"))
 
 
 @pytest.mark.parametrize(("scheme", "how"), sorted(set(itertools.product(SCHEMES, HOW)) - set(REFUSED)))
@@ -159,6 +159,8 @@ def test_weights_and_scales_are_stored_once_for_each_matrix() -> None:
         ("dense", Scheme("uint4", 64), "rtx", "symmetric; quantize to int4 or int8"),
         ("dense", Scheme("int8", 64), "rtx", "INT8 has one scale a row"),
         ("dense", Scheme("fp8", activation="fp8"), "opset 20", "no FP8 arithmetic"),
+        ("dense", Scheme("fp8"), "ort-cuda", "is FP8"),
+        ("dense", Scheme("int8", activation="int8"), "ort-cuda", "no quantized activations"),
         ("dense", Scheme("int8", cache="int8"), "rtx", "use --attention plugin"),
         ("sparse", Scheme("int4", 32), "plugin", "groups of 64 and 128"),
         ("sparse", Scheme("int8", 64), "plugin", "one scale a row"),

@@ -1,0 +1,115 @@
+"""A quantized model's graphs for ONNX Runtime on a CPU: one for every step, or one for decode and one for prefill.
+
+A step of one token reads every weight once and computes little: the fewest bits win. A step of many tokens computes:
+int8 by int8 products win, twice as fast as those of 4-bit weights. ``latency`` therefore keeps both forms of the
+weights, over one key/value cache; ``memory`` keeps one.
+
+=========== ================================================== ==================================================
+optimize    ``model.onnx``                                     ``prefill.onnx``
+=========== ================================================== ==================================================
+``latency`` products of blocks, 4 or 8 bits as planned         products of int8 rows by int8 activations, static
+                                                               where they were calibrated, else by token
+``memory``  int8 rows where activations were calibrated, else  none
+            blocks
+=========== ================================================== ==================================================
+
+Where the plan still knows the weights as they were, the prefill graph's int8 rows are rounded from those and not from
+their 4-bit codes. Experts, the vocabulary projection, embeddings and whatever else is equal in both graphs are stored
+once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from qwenforge.exporter import weights
+from qwenforge.exporter.data_writer import Progress
+from qwenforge.exporter.external_data import SaveReport, WrittenFile, save_model
+from qwenforge.graph_passes.lower import lower
+from qwenforge.manifest import MODEL_NAME, PREFILL_NAME, PrefillRecord
+
+Optimize = Literal["latency", "memory"]
+
+PREFILL_TOKENS = 16
+"""Tokens of a step from which on the prefill graph takes it."""
+
+SESSION_OPTIONS = {
+    # Two sessions take turns: the threads of the one that is done must not spin beside the other's.
+    "session.force_spinning_stop": "1",
+}
+"""Session configuration of quantized bundles.
+
+Prepacking is never turned off: MatMulNBits is some 60 times slower without.
+"""
+
+
+@dataclass(frozen=True)
+class CpuGraphs:
+    """``decode`` is for every step; ``prefill``, where there is one, for steps of many tokens."""
+
+    decode: ir.Model
+    prefill: ir.Model | None
+
+    @property
+    def record(self) -> PrefillRecord | None:
+        """The manifest's record of the prefill graph."""
+        return PrefillRecord(file=PREFILL_NAME, minimum_tokens=PREFILL_TOKENS) if self.prefill is not None else None
+
+
+@dataclass(frozen=True)
+class SavedGraphs:
+    """What :func:`save_graphs` wrote."""
+
+    decode: SaveReport
+    prefill: SaveReport | None
+
+    @property
+    def files(self) -> tuple[WrittenFile, ...]:
+        """Every file."""
+        return self.decode.files + (self.prefill.files if self.prefill is not None else ())
+
+
+def lower_quantized(portable: ir.Model, optimize: Optimize = "latency") -> CpuGraphs:
+    """Lower ``portable``, a portable model to which a quantization plan was applied; nothing is read.
+
+    ``portable`` becomes the decode graph. There is no prefill graph where it would have no product of integers.
+
+    Raises:
+        UnsupportedError: weights are of a format for which ONNX Runtime has no kernel on a CPU.
+    """
+    if optimize == "memory":
+        return CpuGraphs(lower(portable, "ort-cpu", products="static"), None)
+    prefill = lower(portable.clone(), "ort-cpu", products="integers")
+    decode = lower(portable, "ort-cpu", products="blocks")
+    faster = any(node.op_type == "MatMulIntegerToFloat" for node in prefill.graph)
+    return CpuGraphs(decode, prefill if faster else None)
+
+
+def save_graphs(graphs: CpuGraphs, folder: Path, *, progress: Progress | None = None) -> SavedGraphs:
+    """Write ``model.onnx`` and, where there is one, ``prefill.onnx`` into ``folder``, each with its data.
+
+    An initializer of the prefill graph that the decode graph has refers to ``model.onnx.data``. The decode graph's
+    initializers refer to the written file afterwards.
+
+    Raises:
+        UserError: a file cannot be written or a weight cannot be read.
+    """
+    values = [value for value in graphs.decode.graph.initializers.values() if value.const_value is not None]
+    keys = [weights.plan_key(value.const_value) for value in values if value.const_value is not None]
+    decode = save_model(graphs.decode, folder / MODEL_NAME, progress=progress, replace=True)
+    if graphs.prefill is None:
+        return SavedGraphs(decode, None)
+    written = dict(zip(keys, (value.const_value for value in values), strict=True))
+    for value in graphs.prefill.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value = written.get(weights.plan_key(value.const_value)) or value.const_value
+    shared: dict[str | os.PathLike[str], str] = (
+        {decode.data.path: decode.data.path.name} if decode.data is not None else {}
+    )
+    prefill = save_model(graphs.prefill, folder / PREFILL_NAME, progress=progress, link=shared)
+    return SavedGraphs(decode, prefill)
