@@ -11,10 +11,12 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from qwenforge import names
 from qwenforge.errors import UnsupportedError
 from qwenforge.exporter import weights
 from qwenforge.exporter.block_codes import block_size, in_blocks
 from qwenforge.exporter.quantized_weights import QuantizedWeight, as_quantized
+from qwenforge.graph_passes.functions import MIXTURE_OF_EXPERTS, QUANTIZED_ATTENTION, QUANTIZED_EXPERTS
 from qwenforge.graph_passes.infra import FusionPass, add_initializer, is_op, replace_node, tag
 from qwenforge.graph_passes.quantize.sites import is_linear
 
@@ -73,3 +75,28 @@ class CudaQuantizedLinear(FusionPass):
         product = ir.node("MatMulNBits", inputs, attributes, domain=_MICROSOFT, name=node.name)
         replace_node(model, node, [tag(product, self.name)], product.outputs)
         model.graph.opset_imports[_MICROSOFT] = 1
+
+
+class RequireCustomOps(FusionPass):
+    """Changes nothing: refuses 8-bit caches and quantized experts that are left for ONNX Runtime's own operators."""
+
+    name: ClassVar[str] = "ort_cuda_quantized_layers"
+
+    def run(self, model: ir.Model) -> None:
+        for node in model.graph:
+            if node.domain != names.DOMAIN:
+                continue
+            if node.op_type == QUANTIZED_ATTENTION:
+                raise UnsupportedError(
+                    f"the cache of node {node.name} is of 8 bits, which ONNX Runtime's own attention is not used with "
+                    "here; use --attention plugin, or leave the cache unquantized."
+                )
+            quantized = node.op_type == MIXTURE_OF_EXPERTS and any(
+                value is not None and value.const_value is not None and as_quantized(value.const_value) is not None
+                for value in node.inputs[2:4]
+            )
+            if quantized or node.op_type == QUANTIZED_EXPERTS:
+                raise UnsupportedError(
+                    f"the experts of node {node.name} are quantized, which ONNX Runtime's own operator is not used with "
+                    "here; use --experts plugin, or keep the experts unquantized."
+                )

@@ -64,8 +64,9 @@ def _quantized(name: str, plan: QuantizationPlan) -> ir.Model:
 def _lowered(model: ir.Model, how: str) -> ir.Model:
     if how == "portable":
         return lower(model, "portable")
-    if how == "ort-cuda":
-        choice = choose(device="h200", attention="plugin", experts="plugin")
+    if how.startswith("ort-cuda"):
+        part = "native" if how.endswith("native") else "plugin"
+        choice = choose(device="h200", attention=part, experts=part)
         return lower(model, "ort-cuda", choice=choice, capacity=CAPACITY)
     tensorrt = lowering(how)
     return lower(model, tensorrt.target, choice=tensorrt, capacity=CAPACITY)
@@ -160,6 +161,8 @@ def test_weights_and_scales_are_stored_once_for_each_matrix() -> None:
         ("dense", Scheme("int8", 64), "rtx", "INT8 has one scale a row"),
         ("dense", Scheme("fp8", activation="fp8"), "opset 20", "no FP8 arithmetic"),
         ("dense", Scheme("fp8"), "ort-cuda", "is FP8"),
+        ("dense", Scheme("int8", cache="int8"), "ort-cuda, native", "use --attention plugin"),
+        ("sparse", Scheme("int8"), "ort-cuda, native", "use --experts plugin"),
         ("dense", Scheme("int8", activation="int8"), "ort-cuda", "no quantized activations"),
         ("dense", Scheme("int8", cache="int8"), "rtx", "use --attention plugin"),
         ("sparse", Scheme("int4", 32), "plugin", "groups of 64 and 128"),
