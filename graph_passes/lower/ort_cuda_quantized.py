@@ -97,6 +97,6 @@ class RequireCustomOps(FusionPass):
             )
             if quantized or node.op_type == QUANTIZED_EXPERTS:
                 raise UnsupportedError(
-                    f"the experts of node {node.name} are quantized, which ONNX Runtime's own operator is not used with "
-                    "here; use --experts plugin, or keep the experts unquantized."
+                    f"the experts of node {node.name} are quantized, and ONNX Runtime's own operator is not used with "
+                    "that here; use --experts plugin, or keep the experts unquantized."
                 )
