@@ -344,7 +344,7 @@ def _quantize_cache(attention: Any, kind: str, key_scales: Any, value_scales: An
     forward = attention.forward
 
     def with_cache(*arguments: Any, **given: Any) -> Any:
-        given["past_key_values"] = Rounded()
+        given["cache"] = Rounded()
         return forward(*arguments, **given)
 
     attention.forward = with_cache
