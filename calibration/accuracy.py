@@ -53,7 +53,7 @@ class DistributionComparison:
             self._add_rows(reference[rows], quantized[rows], following[start : start + _ROWS], where)
 
     def _add_rows(self, reference: Logits, quantized: Logits, following: Sequence[int], where: str) -> None:
-        finite: npt.NDArray[np.bool_] = np.isfinite(reference).all(1) & np.isfinite(quantized).all(1)
+        finite = np.asarray(np.isfinite(reference).all(1) & np.isfinite(quantized).all(1))
         if not finite.all() and self.non_finite is None:
             whose = "quantized" if np.isfinite(reference).all() else "unquantized"
             self.non_finite = f"of the {whose} model{f' {where}' if where else ''}"

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ _INK, _SOFT, _BAD = "#1b1f24", "#8b96a1", "#a8330f"
 _OWN, _ACCUMULATED = "#0b6e5a", "#7cc4b0"
 _NO_ERROR = 1e-8
 """Nats below which rounding in the comparison is all that there is."""
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qwenforge",
     "font.family": "sans-serif",

@@ -156,6 +156,11 @@ def export_checkpoint(
         raise UserError(f"--weights link does not go with --target {target}, which packs the weights; leave it out.")
     if weights == "link" and quantization is not None:
         raise UserError("--weights link refers to the checkpoint's bytes, which --quantize changes; leave it out.")
+    if quantization is not None and source.quantized is not None:
+        raise UserError(
+            f"{source.folder} holds {source.quantized.format.summary} weights already; leave --quantize out, or give the "
+            "unquantized checkpoint."
+        )
     if quantization is not None and choice is not None and choice.device is not None:
         require_device(quantization.recipe, choice.device)
     with ExitStack() as stack:

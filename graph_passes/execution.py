@@ -58,6 +58,8 @@ class Executable:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4
+        # Products of dequantized weights in fp32: by default ONNX Runtime rounds their activations to INT8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         # The session reads the weights where they are: they live as long as it does.
         self._weights = _share_weights(copy, options)
         try:

@@ -69,8 +69,8 @@ _ATTENTION = """
     q_rotated = RotaryEmbedding (q_heads, cos, sin, position_ids)
     k_rotated = RotaryEmbedding (k_heads, cos, sin, position_ids)
     %(write)s
-    present_key = TensorScatter <axis = -2, mode = "linear"> (past_key, %(new_keys)s, cache_position)
-    present_value = TensorScatter <axis = -2, mode = "linear"> (past_value, %(new_values)s, cache_position)
+    %(all_keys)s = TensorScatter <axis = -2, mode = "linear"> (%(past_key)s, %(new_keys)s, cache_position)
+    %(all_values)s = TensorScatter <axis = -2, mode = "linear"> (%(past_value)s, %(new_values)s, cache_position)
     %(read)s
     capacity_dim = Shape <start = 2, end = 3> (present_key)
     capacity = Squeeze (capacity_dim)
@@ -140,12 +140,17 @@ _KEPT_CACHE = {
     "name": GROUPED_QUERY_ATTENTION,
     "inputs": "",
     "write": "",
+    "past_key": "past_key",
+    "past_value": "past_value",
+    "all_keys": "present_key",
+    "all_values": "present_value",
     "new_keys": "k_rotated",
     "new_values": "v_heads",
     "read": "",
     "keys": "present_key",
     "values": "present_value",
 }
+# Codes are scattered as fp16, which holds them all: ONNX Runtime scatters no FP8 numbers.
 _QUANTIZED_CACHE = {
     "name": QUANTIZED_ATTENTION,
     "inputs": ", key_scales, value_scales",
@@ -160,15 +165,25 @@ _QUANTIZED_CACHE = {
     v_wide = Cast <to = 1> (v_heads)
     k_scaled = Div (k_wide, key_steps)
     v_scaled = Div (v_wide, value_steps)
-    new_keys = QuantizeLinear (k_scaled, step, code_zero)
-    new_values = QuantizeLinear (v_scaled, step, code_zero)""",
+    key_codes = QuantizeLinear (k_scaled, step, code_zero)
+    value_codes = QuantizeLinear (v_scaled, step, code_zero)
+    new_keys = Cast <to = 10> (key_codes)
+    new_values = Cast <to = 10> (value_codes)
+    past_key_numbers = Cast <to = 10> (past_key)
+    past_value_numbers = Cast <to = 10> (past_value)""",
+    "past_key": "past_key_numbers",
+    "past_value": "past_value_numbers",
+    "all_keys": "key_numbers",
+    "all_values": "value_numbers",
     "new_keys": "new_keys",
     "new_values": "new_values",
     "read": """
-    key_numbers = Cast <to = 1> (present_key)
-    value_numbers = Cast <to = 1> (present_value)
-    keys_wide = Mul (key_numbers, key_steps)
-    values_wide = Mul (value_numbers, value_steps)
+    present_key = CastLike (key_numbers, past_key)
+    present_value = CastLike (value_numbers, past_value)
+    keys_unscaled = Cast <to = 1> (key_numbers)
+    values_unscaled = Cast <to = 1> (value_numbers)
+    keys_wide = Mul (keys_unscaled, key_steps)
+    values_wide = Mul (values_unscaled, value_steps)
     all_keys = CastLike (keys_wide, q)
     all_values = CastLike (values_wide, q)""",
     "keys": "all_keys",

@@ -99,7 +99,7 @@ def cuda_backend(record: OrtCudaRecord, *, library: Path | None = None, gpu: int
         # The CPU has the few nodes that compute shapes and lengths (graph_passes/lower/ort_cuda_kernels.py).
         providers=[(CUDA_PROVIDER, options), CPU_PROVIDER],
         memory=memory,
-        cache_types=("tensor(float16)", "tensor(bfloat16)"),
+        cache_types=("tensor(float16)", "tensor(bfloat16)", "tensor(int8)"),
         other_dtype="bf16",
         library=found.path if found is not None else None,
         captures_decode=captures,

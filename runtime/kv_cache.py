@@ -52,7 +52,7 @@ class KeyValueCache:
         *,
         batch: int,
         capacity: int,
-        dtype: np.dtype[np.floating],
+        dtype: np.dtype[np.generic],
         memory: Memory | None = None,
     ) -> None:
         self.tensors = tensors

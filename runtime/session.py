@@ -38,16 +38,21 @@ _SIGNATURE = {
     names.LOGITS_INDEX: ("tensor(int64)", 2),
     names.LOGITS: ("tensor(float)", 3),
 }
-_ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int64": 7}
+_ELEMENT_TYPES = {"float32": 1, "int8": 3, "float16": 10, "bfloat16": 16, "int64": 7}
 """TensorProto.DataType by NumPy's name: NumPy has no type of its own for bfloat16."""
 _NO_CAPTURE = -1
 
 
-def _cache_dtype(kind: str) -> np.dtype[np.floating]:
+def _cache_dtype(kind: str) -> np.dtype[np.generic]:
     import ml_dtypes
 
-    known = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16}
-    dtype: np.dtype[np.floating] = np.dtype(known[kind])
+    known: dict[str, type[np.generic]] = {
+        "tensor(float)": np.float32,
+        "tensor(float16)": np.float16,
+        "tensor(bfloat16)": ml_dtypes.bfloat16,
+        "tensor(int8)": np.int8,
+    }
+    dtype: np.dtype[np.generic] = np.dtype(known[kind])
     return dtype
 
 
@@ -139,7 +144,7 @@ class GraphSession:
 
     def _read_cache_signature(
         self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
-    ) -> tuple[tuple[CacheTensor, ...], np.dtype[np.floating]]:
+    ) -> tuple[tuple[CacheTensor, ...], np.dtype[np.generic]]:
         tensors: list[CacheTensor] = []
         types: set[str] = set()
         layer = 0

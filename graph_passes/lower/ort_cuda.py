@@ -20,6 +20,7 @@ from qwenforge.graph_passes.lower.ort_attention import LowerAttention
 from qwenforge.graph_passes.lower.ort_cpu import FoldTableCasts
 from qwenforge.graph_passes.lower.ort_cuda_kernels import ReportMissingKernels
 from qwenforge.graph_passes.lower.ort_cuda_ops import CustomAttention, CustomExperts, FoldHeadNorms, PackCustomQKV
+from qwenforge.graph_passes.lower.ort_cuda_quantized import CudaQuantizedLinear, RequireCustomOps
 from qwenforge.graph_passes.lower.ort_linear import TiedVocabularyProjection
 from qwenforge.graph_passes.lower.ort_moe import LowerMixtureOfExperts
 from qwenforge.graph_passes.lower.ort_skip_norm import FuseResidualNorm
@@ -33,11 +34,15 @@ def ort_cuda_rules(choice: OrtCudaChoice) -> list[FusionPass]:
     attention: list[FusionPass] = [LowerAttention(), PackQKV()]
     if choice.attention == "plugin":
         attention = [CustomAttention(), FoldHeadNorms(), PackCustomQKV()]
+    experts: list[FusionPass] = [RequireCustomOps(), LowerMixtureOfExperts()]
+    if choice.experts == "plugin":
+        experts = [CustomExperts(), RequireCustomOps()]
     return [
         FoldTableCasts(),
         *attention,
         TiedVocabularyProjection(),
-        CustomExperts() if choice.experts == "plugin" else LowerMixtureOfExperts(),
+        *experts,
+        CudaQuantizedLinear(),
         FuseResidualNorm(),
         SwishToQuickGelu(),
         ReportMissingKernels(),

@@ -41,6 +41,7 @@ KERNELS: dict[tuple[str, str], frozenset[ir.DataType]] = {
     ("", "Unsqueeze"): _HALVES | _INTEGERS,
     ("com.microsoft", "FusedMatMul"): _HALVES,
     ("com.microsoft", "GroupQueryAttention"): _HALVES,
+    ("com.microsoft", "MatMulNBits"): _HALVES,
     ("com.microsoft", "MoE"): _HALVES,
     ("com.microsoft", "QuickGelu"): _HALVES,
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): _HALVES,

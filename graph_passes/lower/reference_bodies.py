@@ -61,11 +61,22 @@ _OUR_ATTENTION = """
     starts = Cast <to = 7> (cache_position)
     %s
     %s
-    output, present_key, present_value = qwenforge.%s <
+    %s
+    output, %s = qwenforge.%s <
         num_heads : int = @num_heads, num_key_value_heads : int = @num_key_value_heads, scale : float = @scale,
-        sliding_window : int = @sliding_window> (%s, past_key, past_value, cos, sin, positions, starts%s)
+        sliding_window : int = @sliding_window> (%s, %s, cos, sin, positions, starts%s)
+    %s
 }
 """
+_READ_FLOAT8 = """
+    key_codes = Cast <to = 17> (past_key)
+    value_codes = Cast <to = 17> (past_value)"""
+_WRITE_FLOAT8 = """
+    present_key = CastLike (new_key_codes, past_key)
+    present_value = CastLike (new_value_codes, past_value)"""
+_CACHES = ("", "Float8", "Int8")
+"""By ``cache_type``."""
+_FLOAT8_CACHE = 1
 _SPLIT_QKV = """
     one_element = Constant <value_ints = [-1]> ()
     query_heads = Constant <value_int : int = @num_heads> ()
@@ -144,7 +155,6 @@ TRT_MoE (hidden_states, selected, scores, gate, up, down) => (output)
 """
 
 _OPSET = 24
-_FLOAT8_CACHE = 1  # cache_type
 _SILU = 1  # TRT_MoE's activation_type
 
 
@@ -153,27 +163,34 @@ def _parsed() -> ir.Model:
     import onnx.parser
 
     attention = "".join(_ATTENTION % (kind, last) for kind, last in _LAST_KEY_SEEN.items())
-    ours = "".join(_our_attention(*kind) for kind in itertools.product((False, True), repeat=3))
+    ours = "".join(
+        _our_attention(*kind) for kind in itertools.product((False, True), (False, True), range(len(_CACHES)))
+    )
     return ir.from_proto(onnx.parser.parse_model(_FUNCTIONS + expert_functions() + attention + ours))
 
 
-def _our_attention_name(packed: bool, normed: bool, quantized: bool) -> str:
-    return "QwenForgeAttention" + "Packed" * packed + "Normed" * normed + "Quantized" * quantized
+def _our_attention_name(packed: bool, normed: bool, cache_type: int) -> str:
+    return "QwenForgeAttention" + "Packed" * packed + "Normed" * normed + _CACHES[cache_type]
 
 
-def _our_attention(packed: bool, normed: bool, quantized: bool) -> str:
+def _our_attention(packed: bool, normed: bool, cache_type: int) -> str:
     """The function for ``QwenForgeAttention`` with packed QKV, norms of the heads, 8-bit caches, or without each."""
-    scales = ", key_scales, value_scales" * quantized
+    scales = ", key_scales, value_scales" if cache_type else ""
+    float8 = cache_type == _FLOAT8_CACHE
     return _OUR_ATTENTION % (
-        _our_attention_name(packed, normed, quantized),
+        _our_attention_name(packed, normed, cache_type),
         "packed" if packed else "query, key, value",
         ", query_norm, key_norm" if normed else "",
         scales,
         _SPLIT_QKV if packed else "",
         _NORM_HEADS if normed else "",
-        QUANTIZED_ATTENTION if quantized else GROUPED_QUERY_ATTENTION,
+        _READ_FLOAT8 if float8 else "",
+        "new_key_codes, new_value_codes" if float8 else "present_key, present_value",
+        QUANTIZED_ATTENTION if cache_type else GROUPED_QUERY_ATTENTION,
         "query_ready, key_ready, value" if normed else "query, key, value",
+        "key_codes, value_codes" if float8 else "past_key, past_value",
         scales,
+        _WRITE_FLOAT8 if float8 else "",
     )
 
 
@@ -181,7 +198,7 @@ def expand_target_nodes(model: ir.Model) -> bool:
     """Replace every node of TensorRT and of our plugins in ``model`` by a call of its reference; True if there was one.
 
     The caches become of symbolic capacity again, so that a verification may choose its own. An FP8 cache, whose bytes
-    the plugin takes as INT8, becomes one of FLOAT8E4M3FN.
+    the plugin takes as INT8, becomes one of 16-bit numbers with the same values, which NumPy and ONNX Runtime share.
     """
     found = False
     for node in list(model.graph):
@@ -194,7 +211,7 @@ def expand_target_nodes(model: ir.Model) -> bool:
         if _has_float8_cache(node):
             for value in (*inputs, *node.outputs):
                 if value is not None and value.dtype == ir.DataType.INT8:
-                    value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+                    value.type = ir.TensorType(ir.DataType.FLOAT16)
         replace_node(model, node, [reference], reference.outputs)
         for name in (op, *called):
             if name in (GROUPED_QUERY_ATTENTION, QUANTIZED_ATTENTION):
@@ -222,10 +239,10 @@ def _call(node: ir.Node) -> tuple[str, list[ir.Value | None], dict[str, ir.Attr]
         spec = op_spec.load("attention")
         inputs, numbers = _present_inputs(node, spec)
         _require(node, numbers["page_size"] == 0)
-        quantized = numbers["cache_type"] != 0
-        op = _our_attention_name(numbers["packed_qkv"] == 1, numbers["qk_norm"] == 1, quantized)
+        cache_type = int(numbers["cache_type"])
+        op = _our_attention_name(numbers["packed_qkv"] == 1, numbers["qk_norm"] == 1, cache_type)
         heads = ("num_heads", "num_key_value_heads", "head_size", "scale", "sliding_window", "epsilon")
-        called = QUANTIZED_ATTENTION if quantized else GROUPED_QUERY_ATTENTION
+        called = QUANTIZED_ATTENTION if cache_type else GROUPED_QUERY_ATTENTION
         return op, list(inputs), _fields(attributes, *heads), (called,)
     if node.domain == op_spec.NAMESPACE and node.op_type == op_spec.load("moe").name:
         shared = attributes["num_shared_experts"].as_int() > 0

@@ -152,7 +152,7 @@ class NativeAttention(FusionPass):
         for node in _calls(model):
             if node.op_type == QUANTIZED_ATTENTION:
                 raise UnsupportedError(
-                    f"the cache of node {node.name} is of 8 bits, and TensorRT's own attention has 16-bit ones only; use "
+                    f"the cache of node {node.name} is of 8 bits, and TensorRT's own attention has none; use "
                     "--attention plugin, or leave the cache unquantized."
                 )
             if node.attributes["sliding_window"].as_int():

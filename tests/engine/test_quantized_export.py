@@ -271,7 +271,7 @@ def test_linked_weights_cannot_be_quantized(tmp_path: Path) -> None:
 
 
 def test_recipe_that_the_device_cannot_use_is_refused_with_alternatives() -> None:
-    with pytest.raises(UnsupportedError, match=r"a100.*FP8.*choose int8"):
+    with pytest.raises(UnsupportedError, match=r"a100 \(SM 80\) has no FP8.*choose one of int8-w8a8"):
         require_device(recipes.get("fp8"), get_device("a100"))
     with pytest.raises(UnsupportedError, match=r"FP8"):
         require_device(recipes.get("int8-w8a8").changed(cache="fp8"), get_device("jetson-orin-nano"))

@@ -22,6 +22,7 @@ def load_session(model: ir.Model, *, optimize: bool = True, disable_prepacking: 
     options.intra_op_num_threads = 2
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # activations stay in fp32
     if disable_prepacking:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not optimize:
@@ -47,7 +48,7 @@ class CachedDecoder:
         for value in self._session.get_inputs():
             if not value.name.startswith("past_key_values."):
                 continue
-            kind = np.float16 if value.type == "tensor(float16)" else np.float32
+            kind = {"tensor(float16)": np.float16, "tensor(int8)": np.int8}.get(value.type, np.float32)
             garbage = generator.normal(0, 3, (batch, value.shape[1], capacity, value.shape[3])).astype(kind)
             self._caches[value.name] = onnxruntime.OrtValue.ortvalue_from_numpy(garbage)
         self._garbage = {name: cache.numpy().copy() for name, cache in self._caches.items()}

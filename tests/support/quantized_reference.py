@@ -129,7 +129,12 @@ def fake_quantized(model: Any, plan: QuantizationPlan, *, dtype: str = "float32"
                 ]
             )
         if site.activation is not None:
-            _quantize_expert_inputs(experts, numbers(f"{name}.activation_scales").double())
+            _quantize_expert_inputs(experts, rounded(f"{name}.activation_scales"))
+    for layer, attention in _attentions(copied):
+        cache = f"{layer}.self_attn.cache"
+        if cache in plan.caches:
+            scales = [numbers(f"{cache}.{kind}_scales") for kind in ("key", "value")]
+            _quantize_cache(attention, plan.caches[cache].format, *scales)
     return copied
 
 
@@ -319,3 +324,27 @@ def _quantize_expert_inputs(experts: Any, scales: Any) -> None:
         return result
 
     experts.forward = forward
+
+
+def _quantize_cache(attention: Any, kind: str, key_scales: Any, value_scales: Any) -> None:
+    """Let ``attention`` see only what a cache of 8 bits would give back of its keys and values."""
+    import torch
+
+    low, high = (-128, 127) if kind == "int8" else (-448, 448)
+
+    def stored(values: Any, steps: Any) -> Any:
+        scaled = (values.float() / steps).clamp(low, high)
+        codes = scaled.round() if kind == "int8" else scaled.to(torch.float8_e4m3fn)
+        return codes.double() * steps.double()
+
+    class Rounded:
+        def update(self, keys: Any, values: Any, *_: Any, **__: Any) -> Any:
+            return stored(keys, key_scales[None, :, None, :]), stored(values, value_scales[None, :, None, None])
+
+    forward = attention.forward
+
+    def with_cache(*arguments: Any, **given: Any) -> Any:
+        given["cache"] = Rounded()
+        return forward(*arguments, **given)
+
+    attention.forward = with_cache

@@ -197,3 +197,25 @@ def test_a_quantized_graph_has_the_same_sites(name: str) -> None:
             key: site.node.name for key, site in found.items()
         }
     assert not before.unknown and not after.unknown
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+@pytest.mark.parametrize("cache", ["int8", "fp8"])
+def test_8_bit_caches_compute_the_fake_quantized_model(name: str, cache: str) -> None:
+    """Through the attention plugin's reference, whose FP8 caches NumPy can hold."""
+    from qwenforge.graph_passes.lower import lower
+    from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
+    from support.tensorrt_choices import lowering
+
+    kind, config = MODELS[name]
+    sizes = {"moe_intermediate_size": 64} if name == "sparse" else {}
+    source = random_model(kind, **config, **sizes)
+    plan = make_plan(source, Scheme("int8", cache=cache))  # type: ignore[arg-type]
+    model = portable_model(source)
+    apply_plan(model, plan)
+    choice = lowering("plugin")
+    final = lower(model, choice.target, choice=choice, capacity=48)
+    expand_target_nodes(final)
+    expected = _expected(fake_quantized(source, plan))
+    error = np.linalg.norm(_logits(final) - expected) / np.linalg.norm(expected)
+    assert error < QUANTIZED_MODEL
