@@ -134,6 +134,7 @@ def export_checkpoint(
         choice = choose(target)
     tensorrt = choice if isinstance(choice, TensorRTChoice) else None
     chosen = resolve_dtype(target, dtype, choice.device if choice is not None else None)
+    source = source.with_scales_in(_DTYPES[chosen])
     length = _context_length(source, max_length, DEFAULT_MAX_LENGTH if tensorrt is None else TENSORRT_MAX_LENGTH)
     if tensorrt is not None and max_batch is None:
         max_batch = TENSORRT_MAX_BATCH

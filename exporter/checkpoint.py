@@ -37,7 +37,7 @@ from qwenforge.exporter.quantized_weights import QuantizedWeight
 from qwenforge.exporter.safetensors_header import SafetensorsHeader, StoredTensor, read_header
 from qwenforge.exporter.text_files import read_generation_config, tokenizer_files
 from qwenforge.exporter.transforms import Reshape
-from qwenforge.exporter.weights import DerivedTensor, chunks, concat, dims, stack, substitute
+from qwenforge.exporter.weights import DerivedTensor, cast, chunks, concat, dims, stack, substitute
 
 _DTYPES = {
     "F32": ir.DataType.FLOAT,
@@ -127,6 +127,7 @@ class Checkpoint:
         weight_files: The weights files, by name in the folder; the paths are real ones.
         expert_layout: How the experts are stored; "per_expert" for dense models.
         quantized: What is stored quantized and how; None in a checkpoint of floating-point numbers.
+        scale_dtype: The dtype that scales are rounded to, see :meth:`with_scales_in`; None for the stored one.
     """
 
     folder: Path
@@ -138,6 +139,7 @@ class Checkpoint:
     quantized: Contents | None
     _headers: tuple[SafetensorsHeader, ...] = field(repr=False)
     _stored: Mapping[str, tuple[StoredTensor, Path]] = field(repr=False)
+    scale_dtype: ir.DataType | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -210,7 +212,19 @@ class Checkpoint:
         """The codes and scales of the weight ``name``, which must be stored quantized."""
         assert self.quantized is not None
         matrix = self.quantized.matrices[name]
-        return self.quantized.weight(name, {p: self._stored_tensor(f"{matrix.module}.{p}") for p in matrix.parts})
+        parts = {part: self._stored_tensor(f"{matrix.module}.{part}") for part in matrix.parts}
+        found = self.quantized.weight(name, parts)
+        if self.scale_dtype is None:
+            return found
+        return replace(found, scales=cast(cast(found.scales, self.scale_dtype), ir.DataType.FLOAT))
+
+    def with_scales_in(self, dtype: ir.DataType) -> Checkpoint:
+        """The same checkpoint, the scales of its quantized weights rounded to ``dtype``.
+
+        Strongly typed networks hold scales in the model's dtype. Where that is the scales' own nothing changes; else
+        each scale moves by at most half a unit in its last place, as unquantized weights do.
+        """
+        return replace(self, scale_dtype=dtype)
 
     def scale(self, name: str) -> float:
         """The number in a stored tensor of one element; raises CheckpointError when there is none."""
