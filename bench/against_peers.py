@@ -1,4 +1,4 @@
-"""qwenforge against onnxruntime-genai on one random checkpoint, fp32, CPU: ``python -m qwenforge.bench.against_peers``.
+"""qwenforge against its peers on one random checkpoint, on the CPU: ``python -m qwenforge.bench.against_peers``.
 
 Each engine has a process of its own; they take turns, run by run, in an order that rotates, so that a drift of the
 machine meets all of them. Times are medians over the rounds with the smallest and the largest; a ratio is the median of
@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from qwenforge.bench.circumstances import circumstances
 from qwenforge.bench.geometries import GEOMETRIES, write_checkpoint
 from qwenforge.bench.latency import Spread
 from qwenforge.bench.measured_process import MeasuredProcess
-from qwenforge.bench.peers import genai
+from qwenforge.bench.peer_engines import BITS, OURS, Builds, Start, engines, supports_genai
+from qwenforge.bench.peers import genai, llama
 from qwenforge.bench.report_file import check_report_file, write_report
 from qwenforge.errors import UserError
 
-EXAMPLE = "python -m qwenforge.bench.against_peers --work /tmp/peers --prompt-tokens 128,512 --json peers.json"
+PEERS = ("genai", "llama.cpp")
+EXAMPLE = "python -m qwenforge.bench.against_peers --work /tmp/peers --geometry 0.5b --bits 4 --json peers.json"
 
 
 @dataclass
@@ -70,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m qwenforge.bench.against_peers",
-        description="Measure qwenforge and onnxruntime-genai (its own fp32 graph in its own runtime) on a random "
-        "checkpoint, in one sitting. The checkpoint, the peer's environment and both exports are made in --work on the "
-        "first run (some minutes and 7 GB for 0.5b) and kept. Quiet the machine first: believe ratios, "
+        description="Measure qwenforge, onnxruntime-genai (its own graph in its own runtime) and llama.cpp on a random "
+        "checkpoint, in one sitting. The checkpoint, the peers' environments and their builds are made in --work on "
+        "the first run (a quarter of an hour and 9 GB for 0.5b) and kept. Quiet the machine first: believe ratios, "
         "not times.",
         epilog=f"example:\n  {EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -84,10 +86,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_count, default=7, metavar="R", help="counted runs of each (default: 7)")
     parser.add_argument("--threads", type=_count, default=2, metavar="N", help="threads of each engine (default: 2)")
     parser.add_argument("--weights", choices=["copy", "link"], default="copy", help="of our export (default: copy)")
+    parser.add_argument(
+        "--bits", type=int, choices=BITS, default=32, help="of the weights: 32 (llama.cpp: 16), 8 or 4 (default: 32)"
+    )
+    parser.add_argument(
+        "--peers",
+        type=_peers,
+        default=list(PEERS),
+        metavar="P,...",
+        help="default: genai,llama.cpp; genai is left out of a geometry it does not support",
+    )
     parser.add_argument("--peer-python", type=Path, metavar="PATH", help="an interpreter that has onnxruntime-genai")
-    parser.add_argument("--last-token-head", action="store_true", help="also the peer with prune_lm_head=true")
+    parser.add_argument("--llama-python", type=Path, metavar="PATH", help="one that has llama-cpp-python and gguf")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to FILE")
     return parser
+
+
+def _peers(text: str) -> list[str]:
+    found = text.split(",")
+    if unknown := set(found) - set(PEERS):
+        raise argparse.ArgumentTypeError(f"{min(unknown)} is none of {', '.join(PEERS)}")
+    return found
 
 
 def _count(text: str) -> int:
@@ -105,70 +124,76 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; see :func:`main` for the arguments.
 
     Returns:
-        The circumstances, ``settings``, and for each engine its ``figures`` and its ``ratio`` (ours over the peer's, by
-        prompt length).
+        The circumstances, ``settings``, for each engine its figures and ours over them by prompt length, and
+        ``against_best``: ours over those of the peer that is best at it.
 
     Raises:
         UserError: an engine cannot be built or loaded.
     """
     folder = args.work / args.geometry
-    vocab_size = int(GEOMETRIES[args.geometry]["vocab_size"])
     _tell("checkpoint")
     checkpoint = write_checkpoint(folder / "checkpoint", args.geometry)
-    python = args.peer_python or genai.environment(args.work / "genai-environment")
-    builds: dict[str, tuple[str, ...]] = {"onnxruntime-genai": ()}
-    if args.last_token_head:
-        builds["onnxruntime-genai, last-token head"] = ("prune_lm_head=true",)
-    starts: dict[str, tuple[list[str | Path], dict[str, Any]]] = {}
-    _tell("export")
-    bundle = _export(checkpoint, folder / f"qwenforge-{args.weights}", args.weights)
-    worker: list[str | Path] = [sys.executable, "-m", "qwenforge.bench.worker"]
-    starts["qwenforge"] = (worker, {"bundle": str(bundle), "threads": args.threads})
-    for name, options in builds.items():
-        _tell(f"{name}: build")
-        target = folder / "-".join(["genai", *(option.split("=")[0] for option in options)])
-        model = genai.build(python, checkpoint, target, threads=args.threads, options=options)
-        starts[name] = ([python, genai.WORKER], {"model": str(model), "vocab_size": vocab_size})
+    builds = Builds(checkpoint, folder, args.geometry, args.threads, None, None)
+    peers = []
+    if "genai" in args.peers and supports_genai(args.geometry):
+        python = args.peer_python or genai.environment(args.work / "genai-environment")
+        builds = replace(builds, genai_python=python)
+        peers.append(genai.version(python))
+    if "llama.cpp" in args.peers:
+        python = args.llama_python or llama.environment(args.work / "llama-cpp-environment")
+        builds = replace(builds, llama_python=python)
+        peers.append(llama.version(python))
+    _tell("build")
+    starts = engines(args.bits, builds, weights=args.weights)
     figures = _measure(starts, args.prompt_tokens, args.new_tokens, args.rounds)
+    summaries = {
+        name: {"disk_bytes": starts[name].disk_bytes, **_summary(found, figures[OURS])}
+        for name, found in figures.items()
+    }
     return {
         **circumstances(),
         "settings": {
             "geometry": args.geometry,
+            "bits": args.bits,
             "new_tokens": args.new_tokens,
             "rounds": args.rounds,
             "threads": args.threads,
             "weights": args.weights,
-            "peer": genai.version(python),
+            "peer": "; ".join(peers),
         },
-        "engines": {name: _summary(found, figures["qwenforge"]) for name, found in figures.items()},
+        "engines": summaries,
+        "against_best": against_best(summaries),
     }
 
 
-def _export(checkpoint: Path, bundle: Path, weights: str) -> Path:
-    """Always anew: the export is ours to measure, and what is there may be of older code."""
-    from qwenforge.engine.export import export_checkpoint
+def against_best(engines: dict[str, Any]) -> dict[str, Any]:
+    """By prompt length, the peer with the lowest median TTFT, that with the highest median rate, and our ratios."""
+    peers = {name: engine for name, engine in engines.items() if not name.startswith(OURS)}
+    found: dict[str, Any] = {}
+    for length in engines[OURS]["prompt_tokens"] if peers else ():
+        by_length = {name: engine["prompt_tokens"][length] for name, engine in peers.items()}
+        first = min(by_length, key=lambda name: by_length[name]["ttft_ms"]["median"])
+        rate = max(by_length, key=lambda name: by_length[name]["tokens_per_second"]["median"])
+        found[length] = {
+            "ttft": {"peer": first, "our_ratio": by_length[first]["our_ttft_ratio"]},
+            "tokens_per_second": {"peer": rate, "our_ratio": by_length[rate]["our_tokens_per_second_ratio"]},
+        }
+    return found
 
-    export_checkpoint(
-        checkpoint, bundle, target="ort-cpu", dtype="fp32", weights=weights, max_length=2048, verify_result=False
-    )
-    return bundle
 
-
-def _measure(
-    starts: dict[str, tuple[list[str | Path], dict[str, Any]]], lengths: list[int], new_tokens: int, rounds: int
-) -> dict[str, Figures]:
+def _measure(starts: dict[str, Start], lengths: list[int], new_tokens: int, rounds: int) -> dict[str, Figures]:
     figures = {name: Figures() for name in starts}
     with ExitStack() as stack:
         processes = []
-        for name, (command, arguments) in starts.items():
+        for name, start in starts.items():
             _tell(f"{name}: load")
-            process = MeasuredProcess(command, name.split(",")[0], arguments)
+            process = MeasuredProcess(start.command, name.split(",")[0], start.arguments)
             processes.append((name, stack.enter_context(process)))
         for turn in range(rounds + 1):  # the first warms up
             _tell(f"round {turn} of {rounds}" if turn else "warm-up")
             for length in lengths:
-                start = turn % len(processes)
-                for name, process in processes[start:] + processes[:start]:
+                first = turn % len(processes)
+                for name, process in processes[first:] + processes[:first]:
                     times, peak = process.run(prompt_tokens=length, new_tokens=new_tokens, seed=turn)
                     if turn:
                         figures[name].add(length, times, peak)
@@ -204,11 +229,21 @@ def _print_table(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     settings = report["settings"]
-    title = (
-        f"{settings['geometry']} fp32, {settings['threads']} threads, {settings['rounds']} rounds: median \\[min-max]"
-    )
+    what = f"{settings['geometry']}, {settings['bits']} bits, {settings['threads']} threads"
+    title = f"{what}, {settings['rounds']} rounds: median \\[min-max]"
     table = Table(title=title, caption=f"ratios are qwenforge's figure over this engine's; {settings['peer']}")
-    for column in ("engine", "prompt", "TTFT ms", "ratio", "best", "tokens/s", "ratio", "best", "peak RSS MB"):
+    for column in (
+        "engine",
+        "prompt",
+        "TTFT ms",
+        "ratio",
+        "best",
+        "tokens/s",
+        "ratio",
+        "best",
+        "peak RSS MB",
+        "disk MB",
+    ):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name, engine in report["engines"].items():
         for length, found in engine["prompt_tokens"].items():
@@ -222,8 +257,17 @@ def _print_table(report: dict[str, Any]) -> None:
                 _spread(found["our_tokens_per_second_ratio"], ".2f"),
                 f"{found['our_best_tokens_per_second_ratio']:.2f}",
                 f"{engine['peak_rss_bytes'] / 1e6:.0f}",
+                f"{engine['disk_bytes'] / 1e6:.0f}",
             )
-    Console(width=140).print(table)
+    console = Console(width=150)
+    console.print(table)
+    for length, best in report["against_best"].items():
+        first, rate = best["ttft"], best["tokens_per_second"]
+        console.print(
+            f"{length} tokens: TTFT {_spread(first['our_ratio'], '.2f')} times that of {first['peer']}, tokens/s "
+            f"{_spread(rate['our_ratio'], '.2f')} times those of {rate['peer']}",
+            markup=False,
+        )
 
 
 def _spread(values: dict[str, float], form: str) -> str:

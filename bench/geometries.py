@@ -86,7 +86,18 @@ GEOMETRIES["tiny-moe"] = (
         "shared_expert_intermediate_size": 128,
     }
 )
-"""config.json by name: Qwen2-0.5B, 1.5B and 7B, Qwen1.5-MoE-A2.7B, and tiny ones to try the tools out."""
+GEOMETRIES["moe-0.7b"] = _official("qwen1.5-moe-a2.7b") | {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 704,
+    "shared_expert_intermediate_size": 2816,
+}
+"""config.json by name: Qwen2-0.5B, 1.5B and 7B, Qwen1.5-MoE-A2.7B, five narrow layers of its kind with 0.7 billion
+parameters, and tiny ones to try the tools out."""
 
 SEED = 0
 STANDARD_DEVIATION = 0.02

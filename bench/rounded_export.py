@@ -1,4 +1,4 @@
-"""Quantized bundles of a random checkpoint for measurements of speed: weights rounded to nearest, no calibration, no gate.
+"""Quantized bundles of a random checkpoint for speed: weights rounded to nearest, no calibration, no gate.
 
 The graphs are those of a calibrated export with the same number formats: lowering and writing are the product's own.
 Accuracy of random weights would say nothing, which is why none is measured.
@@ -38,12 +38,14 @@ class Rounding:
         group_size: columns that share a scale; None for a whole row.
         head_bits: of the vocabulary projection, and of the embedding where the two are tied.
         head_group_size: likewise.
+        expert_group: likewise of routed experts, where it is not that of the layers.
     """
 
     bits: int
     group_size: int | None
     head_bits: int
     head_group_size: int | None
+    expert_group: int | None = None
 
 
 def export_rounded(checkpoint: Path, bundle: Path, rounding: Rounding, *, optimized_for: Optimize) -> Path:
@@ -80,6 +82,8 @@ def round_weights(model: ir.Model, rounding: Rounding) -> None:
             value = experts.node.inputs[index]
             assert value is not None and value.const_value is not None
             matrices = value.const_value
-            stored = rounded(matrices, _FORMATS[rounding.bits], rounding.group_size or dims(matrices)[2])
+            stored = rounded(
+                matrices, _FORMATS[rounding.bits], rounding.expert_group or rounding.group_size or dims(matrices)[2]
+            )
             codes = add_initializer(model, f"{experts.name}.{part}", stored.dequantized())
             experts.node.replace_input_with(index, codes)

@@ -165,12 +165,16 @@ class _Run:
                 meter.skip()
                 result = done
             else:
+                self._delete_what_is_not_read()  # what an interrupted run left of this piece, too
                 result = self._piece(index, meter)
-            self._values |= {name: self._folder.stored_value(each) for name, each in result.values.items()}
-            self._forget(index)
+            made = {name: self._folder.stored_value(each) for name, each in result.values.items()}
+            self._values = {
+                name: value for name, value in (self._values | made).items() if self._is_read_after(name, index)
+            }
             if result.mean_loss is not None and self._data is not None:
                 result.warnings += tuple(self._judge(result.mean_loss, require_prediction))
             results.append(result)
+        self._delete_what_is_not_read()
         return results
 
     def _judge(self, mean_loss: float, require_prediction: bool) -> list[str]:
@@ -296,9 +300,7 @@ class _Run:
     def _is_read_after(self, name: str, index: int) -> bool:
         return self._last_reader.get(name, -1) > index
 
-    def _forget(self, index: int) -> None:
-        """Delete what no later piece reads."""
-        self._values = {name: value for name, value in self._values.items() if self._is_read_after(name, index)}
+    def _delete_what_is_not_read(self) -> None:
         self._folder.keep_only({value.path.name for value in self._values.values()})
 
 

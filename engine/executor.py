@@ -6,7 +6,9 @@ mapped, so that a piece's memory is given back when its session goes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,12 @@ from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
 from qwenforge.graph_passes.segments import split_by_layer
 
 Array = npt.NDArray[np.generic]
+
+MAPPED_WEIGHTS: Mapping[str, str] = MappingProxyType({"session.disable_prepacking": "1"})
+"""Session configuration with which weights stay mapped from the data file: prepacking copies them into memory.
+
+Not for a quantized graph, whose kernels compute in another way, and very slowly, without prepacking.
+"""
 
 
 class StepExecutor:
@@ -57,7 +65,7 @@ class StepExecutor:
                 shape = (batch, int(value.shape[1]), capacity, int(value.shape[3]))  # type: ignore[arg-type]
                 self._caches[value.name] = np.zeros(shape, value.dtype.numpy())
         self._pieces: list[ir.Model] = [] if whole else split_by_layer(model)
-        self._session = (self._saved(model, "whole") if changed else _session(path)) if whole else None
+        self._session = (self._saved(model, "whole") if changed else open_session(path)) if whole else None
 
     def __call__(
         self,
@@ -80,7 +88,7 @@ class StepExecutor:
         groups = rows if alone else [values]
         if self._session is not None:
             for group in groups:
-                group |= _run(self._session, group)
+                group |= run_session(self._session, group)
         for index, piece in enumerate(self._pieces):
             self._run_piece(piece, index, groups)
         outputs = [name.replace("past_key_values.", "present.") for name in self._caches]
@@ -91,7 +99,7 @@ class StepExecutor:
     def _run_piece(self, piece: ir.Model, index: int, groups: list[dict[str, Array]]) -> None:
         session = self._saved(piece, f"piece-{index}")
         for group in groups:
-            group |= _run(session, group)
+            group |= run_session(session, group)
         del session
         give_back_freed_memory()
 
@@ -100,26 +108,27 @@ class StepExecutor:
         path = self._folder / f".verify-{name}.onnx"
         try:
             ir.save(model, path)
-            return _session(path)
+            return open_session(path)
         finally:
             path.unlink(missing_ok=True)
 
 
-def _session(path: Path) -> Any:
+def open_session(path: Path, options: Mapping[str, str] = MAPPED_WEIGHTS) -> Any:
+    """A session of the model at ``path`` on the CPU, with ``options`` as its configuration entries."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = 3
     # Spinning threads would take the processor from the reference, which runs in turns with this.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    # Prepacking copies weights into memory; without it they stay mapped from the data file.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    for name, value in {"session.intra_op.allow_spinning": "0", **options}.items():
+        session_options.add_session_config_entry(name, value)
+    session_options.enable_cpu_mem_arena = False
+    session_options.enable_mem_pattern = False
+    return onnxruntime.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
 
 
-def _run(session: Any, values: dict[str, Array]) -> dict[str, Array]:
+def run_session(session: Any, values: Mapping[str, Array]) -> dict[str, Array]:
+    """Every output of ``session`` by name; ``values`` may hold more than its inputs."""
     feeds = {item.name: values[item.name] for item in session.get_inputs()}
     outputs = [item.name for item in session.get_outputs()]
     return dict(zip(outputs, session.run(outputs, feeds), strict=True))

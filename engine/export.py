@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.bundle_writer import BundleWriter
+from qwenforge.engine.accuracy_page import accuracy_page, refuse_beyond_budget
+from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
+from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
+from qwenforge.engine.quantization_request import QuantizationRequest, require_device
+from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
 from qwenforge.engine.verification import VerificationReport, verify
 from qwenforge.errors import UnsupportedError, UserError
 from qwenforge.exporter.checkpoint import Checkpoint
@@ -31,11 +37,13 @@ from qwenforge.graph_passes.lower.tensorrt_signature import TENSORRT_MAX_LENGTH,
 from qwenforge.graph_passes.pipeline import Step, optimize
 from qwenforge.lowering_choice import LoweringChoice, choose
 from qwenforge.manifest import (
+    ACCURACY_PAGE,
     ENGINE_WEIGHTS,
     GENERATION_CONFIG,
     LAYER_BEFORE,
     MODEL_NAME,
     POLYGRAPHY_NETWORK,
+    PREFILL_NAME,
     README,
     TOKENIZER,
     BundleFacts,
@@ -79,6 +87,7 @@ class ExportReport:
         verification: the comparison with transformers; None when it was turned off.
         lowering: what a TensorRT graph was lowered for; None for other targets.
         ort_cuda: what an ort-cuda graph is made of; None for other targets.
+        quantization: how it was quantized and what that cost; None where it was not.
     """
 
     bundle: Path
@@ -92,6 +101,7 @@ class ExportReport:
     verification: VerificationReport | None = None
     lowering: LoweringRecord | None = None
     ort_cuda: OrtCudaRecord | None = None
+    quantization: QuantizationOutcome | None = None
 
 
 def export_checkpoint(
@@ -106,6 +116,7 @@ def export_checkpoint(
     verify_result: bool = True,
     verify_passes: bool = False,
     choice: LoweringChoice | None = None,
+    quantization: QuantizationRequest | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export ``checkpoint`` to the bundle folder ``output``.
@@ -122,10 +133,12 @@ def export_checkpoint(
         verify_result: compare with transformers before the bundle appears.
         verify_passes: also compare the graph before and after every pass.
         choice: how to lower for a GPU (``lowering_choice.choose``); by default what that makes of ``target`` alone.
+        quantization: how to quantize, and what the result is held to; None leaves weights in ``dtype``.
         progress: told what is going on.
 
     Raises:
-        UserError: the checkpoint is damaged or unsupported, the output is not replaceable, or the result is wrong.
+        UserError: the checkpoint is damaged or unsupported, the output is not replaceable, or the result is wrong
+            or misses its budget.
     """
     clock = _Clock(progress)
     source = Checkpoint.open(Path(checkpoint))
@@ -142,7 +155,14 @@ def export_checkpoint(
         raise UserError(f"--weights is copy or link, not {weights}.")
     if weights == "link" and choice is not None:
         raise UserError(f"--weights link does not go with --target {target}, which packs the weights; leave it out.")
-    with BundleWriter(output) as writer:
+    if weights == "link" and quantization is not None:
+        raise UserError("--weights link refers to the checkpoint's bytes, which --quantize changes; leave it out.")
+    if quantization is not None and choice is not None and choice.device is not None:
+        require_device(quantization.recipe, choice.device)
+    with ExitStack() as stack:
+        # Outermost, so that whatever goes wrong inside leaves calibration's state to be taken up again.
+        work = None if quantization is None else stack.enter_context(kept_work_folder(quantization, Path(output)))
+        writer = stack.enter_context(BundleWriter(output))
         clock.start("trace")
         traced = trace(source, _DTYPES[chosen])
         writer.add_json(LAYER_BEFORE, _layer_nodes(traced.model))
@@ -150,10 +170,43 @@ def export_checkpoint(
         result = optimize(traced.model, target="portable", verify=verify_passes, positions=length)
         _require_fused(result.model, traced, source)
         clock.start("instantiate")
-        portable = instantiate(result.model, traced, source)
+
+        def build() -> ir.Model:
+            return instantiate(result.model, traced, source)
+
+        def verified(path: Path) -> VerificationReport:
+            clock.start("verify against transformers")
+            tokenizer = source.tokenizer_files.get(TOKENIZER)
+            prompts = verification_prompts(tokenizer, source.config.vocab_size, length // 2)
+            return verify(source, path, _DTYPES[chosen], prompts, max_length=length, progress=clock.steps_done)
+
+        report = quantized = outcome = None
+        unquantized_bytes = 0
+        if quantization is None or work is None:
+            portable = build()
+        else:
+            quantized = QuantizedExport(
+                quantization,
+                source,
+                build,
+                dtype=_DTYPES[chosen],
+                max_length=length,
+                work_folder=work,
+                progress=clock.tell,
+            )
+            clock.start("write unquantized")
+            unquantized_bytes = quantized.save_unquantized()
+            report = verified(quantized.unquantized) if verify_result else None
+            clock.start("calibrate")
+            portable = quantized.calibrated()
         clock.start("lower")
         capacity = length if tensorrt is not None else None
-        final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
+        graphs = None
+        if quantization is not None and target == "ort-cpu":
+            graphs = lower_quantized(portable, quantization.optimize)
+            final = graphs.decode
+        else:
+            final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
         if isinstance(choice, OrtCudaChoice):
             _require_cuda_kernels(final)
         bound = split_weight_inputs(final) if tensorrt is not None and tensorrt.weights_as == "inputs" else {}
@@ -162,35 +215,46 @@ def export_checkpoint(
         links = (
             link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
         )
-        saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
+        if graphs is not None:
+            both = save_graphs(graphs, writer.directory, progress=clock.bytes_done)
+            saved, written = both.decode, [file for file in both.files if file.path.suffix == ".data"]
+        else:
+            saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
+            written = [saved.data] if saved.data is not None else []
         _drop_unused_links(writer.directory, saved.linked_bytes, links)
-        written = [saved.data] if saved.data is not None else []
         if bound:
             path = writer.directory / ENGINE_WEIGHTS
             written.append(write_safetensors(path, bound, progress=clock.bytes_done))
-        report = None
-        if verify_result:
-            clock.start("verify against transformers")
-            tokenizer = source.tokenizer_files.get(TOKENIZER)
-            prompts = verification_prompts(tokenizer, source.config.vocab_size, length // 2)
-            report = verify(
-                source,
-                writer.directory / MODEL_NAME,
-                _DTYPES[chosen],
-                prompts,
-                max_length=length,
-                progress=clock.steps_done,
+        data_bytes = sum(file.bytes for file in written)
+        if quantized is not None:
+            clock.start("measure accuracy")
+            judged = [MODEL_NAME] + ([PREFILL_NAME] if graphs is not None and graphs.prefill is not None else [])
+            outcome = quantized.judge(
+                [writer.directory / name for name in judged],
+                target=target,
+                dtype=chosen,
+                unquantized_bytes=unquantized_bytes,
+                quantized_bytes=data_bytes,
+                session_options=SESSION_OPTIONS if graphs is not None else {},
             )
+            refuse_beyond_budget(outcome, Path(output))
+            writer.add_text(ACCURACY_PAGE, accuracy_page(outcome))
+        elif verify_result:
+            report = verified(writer.directory / MODEL_NAME)
         clock.start("finish")
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)
         writer.add_json(GENERATION_CONFIG, _generation_config(source))
-        _add_accuracy(writer, chosen, report)
+        _add_accuracy(writer, chosen, report, outcome)
         facts = bundle_facts(
             source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report
         )
         if isinstance(choice, OrtCudaChoice):
             facts = facts.model_copy(update={"ort_cuda": _ort_cuda(choice, final)})
+        if graphs is not None:
+            facts = facts.model_copy(update={"prefill": graphs.record, "session_options": SESSION_OPTIONS})
+        if outcome is not None:
+            facts = facts.model_copy(update={"quantization": outcome.record()})
         if tensorrt is not None:
             record = _lowering(tensorrt, final)
             facts = facts.model_copy(update={"lowering": record, "weight_inputs": weight_inputs})
@@ -204,12 +268,13 @@ def export_checkpoint(
         dtype=chosen,
         steps=result.steps,
         nodes=final.graph.num_nodes(),
-        data_bytes=sum(file.bytes for file in written),
+        data_bytes=data_bytes,
         linked_bytes=saved.linked_bytes,
         seconds=clock.finish(),
         verification=report,
         lowering=facts.lowering,
         ort_cuda=facts.ort_cuda,
+        quantization=outcome,
     )
 
 
@@ -251,21 +316,22 @@ class _Clock:
         if self._stage:
             self._seconds[self._stage] = now - self._since
         self._stage, self._since = stage, now
-        self._tell(stage, 0.0)
+        self.tell(stage, 0.0)
+
+    def tell(self, what: str, fraction: float) -> None:
+        """Pass on what is being done and the fraction of it that is done."""
+        if self._progress is not None:
+            self._progress(what, fraction)
 
     def bytes_done(self, done: int, total: int, name: str) -> None:
-        self._tell(f"write weights: {name}", done / max(1, total))
+        self.tell(f"write weights: {name}", done / max(1, total))
 
     def steps_done(self, what: str, done: int, total: int) -> None:
-        self._tell(f"verify: {what}", done / max(1, total))
+        self.tell(f"verify: {what}", done / max(1, total))
 
     def finish(self) -> dict[str, float]:
         self.start("done")
         return self._seconds
-
-    def _tell(self, what: str, fraction: float) -> None:
-        if self._progress is not None:
-            self._progress(what, fraction)
 
 
 def _context_length(source: Checkpoint, asked: int | None, default: int) -> int:
@@ -320,9 +386,12 @@ def _drop_unused_links(folder: Path, linked_bytes: int, links: object) -> None:
     )
 
 
-def _add_accuracy(writer: BundleWriter, dtype: str, report: VerificationReport | None) -> None:
+def _add_accuracy(
+    writer: BundleWriter, dtype: str, report: VerificationReport | None, outcome: QuantizationOutcome | None
+) -> None:
+    quantization = {} if outcome is None else {"quantization": outcome.to_json()}
     if report is None:
-        writer.add_accuracy({"verified": False})
+        writer.add_accuracy({"verified": False, **quantization})
         return
     references = [
         ReferenceLogits.from_logits(prompt, [len(prompt) - 1], logits[None]) for prompt, logits in report.references
@@ -343,6 +412,7 @@ def _add_accuracy(writer: BundleWriter, dtype: str, report: VerificationReport |
             "max_kl": report.max_kl,
             "token_disagreements": report.token_disagreements,
             "near_ties": report.near_ties,
+            **quantization,
         },
         references,
     )

@@ -20,6 +20,7 @@ once.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,8 +39,6 @@ PREFILL_TOKENS = 16
 """Tokens of a step from which on the prefill graph takes it."""
 
 SESSION_OPTIONS = {
-    # Where the processor has no VNNI, the fast kernel for uint8 by int8 saturates: this asks for the exact one there.
-    "session.x64quantprecision": "1",
     # Two sessions take turns: the threads of the one that is done must not spin beside the other's.
     "session.force_spinning_stop": "1",
 }
@@ -109,6 +108,8 @@ def save_graphs(graphs: CpuGraphs, folder: Path, *, progress: Progress | None = 
     for value in graphs.prefill.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = written.get(weights.plan_key(value.const_value)) or value.const_value
-    shared = {decode.data.path: decode.data.path.name} if decode.data is not None else {}
+    shared: dict[str | os.PathLike[str], str] = (
+        {decode.data.path: decode.data.path.name} if decode.data is not None else {}
+    )
     prefill = save_model(graphs.prefill, folder / PREFILL_NAME, progress=progress, link=shared)
     return SavedGraphs(decode, prefill)

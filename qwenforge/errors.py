@@ -29,3 +29,7 @@ class VerificationError(UserError):
 
 class BundleError(UserError):
     """A bundle is incomplete, tampered with or of a newer schema."""
+
+
+class AccuracyError(VerificationError):
+    """A quantized model is further from the unquantized one than its budget allows."""

@@ -27,6 +27,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 ACCURACY = "accuracy.json"
+ACCURACY_PAGE = "accuracy.html"
 LAYER_BEFORE = "layer_before.json"
 ENGINE_WEIGHTS = "weights.safetensors"
 README = "README.md"
@@ -44,6 +45,7 @@ RESERVED_NAMES = frozenset(
         CHAT_TEMPLATE,
         GENERATION_CONFIG,
         ACCURACY,
+        ACCURACY_PAGE,
         LAYER_BEFORE,
         ENGINE_WEIGHTS,
     }
@@ -163,6 +165,37 @@ class OrtCudaRecord(_Part):
     basis: str
 
 
+class QuantizedSites(_Part):
+    """How many sites of a model are quantized in one way.
+
+    ``weight`` is the number format of their weights, ``kept`` where these stay as they are; ``group_size`` is the
+    columns of a row that share a scale, None for a whole row; ``activation`` is the format of their inputs.
+    """
+
+    weight: Word
+    group_size: Count | None
+    activation: Word | None
+    sites: Count
+
+
+class QuantizationRecord(_Part):
+    """How a model was quantized by its export, and how far it is from the unquantized one.
+
+    ``recipe`` is the recipe's name; ``sites`` counts what was done to how many places; ``cache`` is the format of the
+    key/value cache, None for the model's own. ``calibrated_on`` and ``judged_on`` name the texts. ``budget`` are the
+    limits it was held to and ``accuracy`` what was measured: ``mean_kl`` and ``p99_kl`` (nats), ``perplexity_ratio``
+    and ``top1_agreement`` against the unquantized model. ``accuracy.json`` and ``accuracy.html`` have it all.
+    """
+
+    recipe: Annotated[str, Field(min_length=1, max_length=200)]
+    sites: tuple[QuantizedSites, ...]
+    cache: Word | None
+    calibrated_on: str | None
+    judged_on: str
+    budget: dict[str, float]
+    accuracy: dict[str, float]
+
+
 class PrefillRecord(_Part):
     """A second graph of the same model over the same caches, faster for many tokens at once.
 
@@ -271,6 +304,7 @@ class BundleFacts(_Part):
     pad_token_id: TokenId | None = None
     lowering: LoweringRecord | None = None
     ort_cuda: OrtCudaRecord | None = None
+    quantization: QuantizationRecord | None = None
     prefill: PrefillRecord | None = None
     weight_inputs: tuple[TensorSpec, ...] = ()
     engine: EngineRecord | None = None

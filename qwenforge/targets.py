@@ -18,6 +18,9 @@ DTYPES = ("fp32", "fp16", "bf16")
 QUANTIZED = ("fp8", "int8", "int4")
 """Precisions that are known and refused by name: a device that lacks one says so."""
 
+_RECIPES_OF = {"fp8": ("fp8",), "int8": ("int8-w8a8", "int8-weight-only"), "int4": ("int4-weight-only",)}
+"""What ``--quantize`` has of each."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -115,8 +118,8 @@ def resolve_dtype(target: str, dtype: str | None, device: Device | None = None) 
         if device is not None:
             device.require_precision(dtype)
         raise UnsupportedError(
-            f"--dtype {dtype} needs calibrated scales, and quantized exports are not built yet; choose "
-            f"{' or '.join(chosen.dtypes)}."
+            f"--dtype {dtype} is none of activations; quantize with --quantize {' or '.join(_RECIPES_OF[dtype])}, and "
+            f"choose {' or '.join(chosen.dtypes)} for --dtype."
         )
     reason = chosen.refused.get(dtype, f"it is none of {', '.join(DTYPES)}; choose {' or '.join(chosen.dtypes)}")
     raise UnsupportedError(f"target {target} does not support dtype {dtype}: {reason}.")

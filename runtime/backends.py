@@ -15,6 +15,7 @@ from typing import Any
 from qwenforge.engine.ort_library import find_ort_library
 from qwenforge.engine.tensorrt.gpu import local_gpu
 from qwenforge.errors import UserError
+from qwenforge.machine import session_options
 from qwenforge.manifest import OrtCudaRecord
 from qwenforge.ort_cuda_choice import captures_decode, needs_library
 from qwenforge.runtime.memory import CUDA, DeviceMemory, HostMemory, Memory
@@ -46,6 +47,7 @@ class Backend:
         host: of the inputs that the graph reads on the host.
         cache_types: of caches, as ONNX Runtime spells them.
         other_dtype: what to export with where the caches are of another type.
+        session_options: ONNX Runtime session configuration that the machine needs, whatever the bundle.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Backend:
     library: Path | None = None
     captures_decode: bool = False
     host: Memory = field(default_factory=HostMemory)
+    session_options: dict[str, str] = field(default_factory=dict)
 
 
 def cpu_backend() -> Backend:
@@ -66,6 +69,7 @@ def cpu_backend() -> Backend:
         memory=HostMemory(),
         cache_types=("tensor(float)", "tensor(float16)"),
         other_dtype="fp32",
+        session_options=session_options(),
     )
 
 

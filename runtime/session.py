@@ -92,7 +92,7 @@ class GraphSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            for key, value in (session_options or {}).items():
+            for key, value in (self.backend.session_options | dict(session_options or {})).items():
                 options.add_session_config_entry(key, value)
             if self.backend.library is not None:
                 options.register_custom_ops_library(str(self.backend.library))

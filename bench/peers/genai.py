@@ -50,14 +50,23 @@ def version(python: Path) -> str:
     return f"onnxruntime-genai {found[0]} over onnxruntime {found[1]}"
 
 
-def build(python: Path, checkpoint: Path, folder: Path, *, threads: int, options: tuple[str, ...] = ()) -> Path:
-    """Build the fp32 CPU graph of ``checkpoint`` into ``folder`` unless it is there; returns ``folder``.
+def build(
+    python: Path,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    threads: int,
+    precision: str = "fp32",
+    options: tuple[str, ...] = (),
+) -> Path:
+    """Build the CPU graph of ``checkpoint`` into ``folder`` unless it is there; returns ``folder``.
 
     Args:
         python: the interpreter of :func:`environment`.
         checkpoint: a Hugging Face folder.
         folder: what the builder writes.
         threads: intra-op threads, written into its ``genai_config.json``.
+        precision: ``fp32``, ``int8`` or ``int4``.
         options: ``--extra_options`` of the builder, such as ``prune_lm_head=true``.
 
     Raises:
@@ -66,7 +75,7 @@ def build(python: Path, checkpoint: Path, folder: Path, *, threads: int, options
     settings = folder / "genai_config.json"
     if not settings.is_file():
         command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(folder)]
-        command += ["-p", "fp32", "-e", "cpu", "-c", str(folder.with_name(f"{folder.name}-cache"))]
+        command += ["-p", precision, "-e", "cpu", "-c", str(folder.with_name(f"{folder.name}-cache"))]
         command += ["--extra_options", *options] if options else []
         # The builder's log goes to our stderr; nothing may be looked up outside the machine.
         offline = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

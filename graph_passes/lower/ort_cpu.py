@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import onnx_ir as ir
+
+from qwenforge import names
+from qwenforge.errors import UnsupportedError
+from qwenforge.graph_passes.functions import QUANTIZED_ATTENTION, QUANTIZED_EXPERTS
 from qwenforge.graph_passes.fuse.fold_weight_transforms import FoldWeightTransforms
 from qwenforge.graph_passes.infra import FusionPass
 from qwenforge.graph_passes.lower.ort_attention import LowerAttention
@@ -29,6 +34,27 @@ class FoldTableCasts(FoldWeightTransforms):
     name: ClassVar[str] = "ort_table_casts"
 
 
+class RefuseWithoutKernel(FusionPass):
+    """Refuse the quantized functions: a cache of 8 bits and experts with FP8 tokens have no kernel here.
+
+    Raises:
+        UnsupportedError: the graph calls one of them.
+    """
+
+    name: ClassVar[str] = "ort_without_kernel"
+
+    def run(self, model: ir.Model) -> None:
+        for node in model.graph:
+            if node.domain == names.DOMAIN and node.op_type in _WITHOUT_KERNEL:
+                raise UnsupportedError(
+                    f"{node.name}: ort-cpu has no {_WITHOUT_KERNEL[node.op_type]}; leave it out of the recipe, or "
+                    "choose another target."
+                )
+
+
+_WITHOUT_KERNEL = {QUANTIZED_ATTENTION: "8-bit key/value cache", QUANTIZED_EXPERTS: "experts with FP8 tokens"}
+
+
 def ort_cpu_rules(*, weights: str = "copy", products: Form = "static") -> list[FusionPass]:
     """The lowering.
 
@@ -46,6 +72,7 @@ def ort_cpu_rules(*, weights: str = "copy", products: Form = "static") -> list[F
     if linked:
         layout = [UnmergeProjections(), *quantized, MatMulByStoredWeight()]
     return [
+        RefuseWithoutKernel(),
         FoldTableCasts(),
         LowerAttention(),
         *layout,

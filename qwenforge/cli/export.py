@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenforge.cli.arguments import (
@@ -15,9 +17,14 @@ from qwenforge.cli.arguments import (
     positive_int,
 )
 from qwenforge.cli.base import EXIT_DONE, Command
+from qwenforge.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwenforge.engine.accuracy_report import QuantizationOutcome
     from qwenforge.engine.export import ExportReport
+    from qwenforge.engine.quantization_request import QuantizationRequest
     from qwenforge.manifest import LoweringRecord, OrtCudaRecord
 
 
@@ -33,7 +40,8 @@ class ExportCommand(Command):
     example = (
         "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-bundle --target ort-cpu\n"
         "qwenforge export examples/checkpoints/tiny-qwen2-moe -o tiny-cuda --target ort-cuda --dtype bf16\n"
-        "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-trt --target tensorrt --device jetson-orin-nano"
+        "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-trt --target tensorrt --device jetson-orin-nano\n"
+        "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-int8 --quantize int8-weight-only --budget kl=0.01"
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -63,6 +71,7 @@ class ExportCommand(Command):
         parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers (recorded)")
         parser.add_argument("--verify-passes", action="store_true", help="also compare the graph around every pass")
         add_lowering_choice(parser)
+        _add_quantization(parser)
         add_json(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -75,13 +84,109 @@ class ExportCommand(Command):
             "verify_result": not args.no_verify,
             "verify_passes": args.verify_passes,
             "choice": lowering_choice(args),
+            "quantization": _quantization(args),
         }
         report = _export_with_progress(args, options)
+        for warning in report.quantization.warnings if report.quantization is not None else ():
+            print(f"qwenforge: warning: {warning}", file=sys.stderr)
         if args.json:
             print(json.dumps(_as_json(report), indent=1))
         else:
             _print(report)
         return EXIT_DONE
+
+
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "quantization",
+        "The result is compared with the unquantized model on text that it was not calibrated on; beyond its budget it "
+        "is not written.",
+    )
+    group.add_argument(
+        "--quantize",
+        metavar="RECIPE",
+        help="int8-w8a8, int8-weight-only, int4-weight-only, fp8, or a recipe's .json file",
+    )
+    group.add_argument(
+        "--calibration-data",
+        type=Path,
+        metavar="F",
+        help="text, JSONL (text or messages) or a dataset's folder to calibrate on (default: a built-in sample)",
+    )
+    group.add_argument("--calibration-rows", type=positive_int, metavar="N", help="rows of it at most (default: 64)")
+    group.add_argument(
+        "--heldout-data",
+        type=Path,
+        metavar="F",
+        help="text to judge by, none of the calibration's (default: another built-in sample)",
+    )
+    group.add_argument(
+        "--override",
+        action="append",
+        metavar="SITE=FORMAT",
+        help="an exception, such as 'model.layers.0.*=keep' or '*.down_proj=int8'; repeat it for more, the last counts",
+    )
+    group.add_argument("--cache", choices=("int8", "fp8"), help="also quantize the key/value cache")
+    group.add_argument(
+        "--budget",
+        metavar="LIMITS",
+        help="what may be lost, such as kl=0.02,ppl=1.02,top1=0.97: largest mean KL, largest ratio of perplexities, "
+        "smallest agreement of the best token (default: the recipe's)",
+    )
+    group.add_argument(
+        "--auto", action="store_true", help="leave the fewest bytes in higher precision with which the budget holds"
+    )
+    group.add_argument(
+        "--optimize",
+        choices=("latency", "memory"),
+        help="of an ort-cpu bundle: a second form of the weights for prompts beside the one for decoding (latency, the "
+        "default), or one for both",
+    )
+    group.add_argument(
+        "--work-folder",
+        type=Path,
+        metavar="W",
+        help="where calibration keeps its state, to be taken up again (default: hidden beside the bundle, until done)",
+    )
+
+
+_NEEDS_RECIPE = (
+    "calibration_data",
+    "calibration_rows",
+    "heldout_data",
+    "override",
+    "cache",
+    "budget",
+    "optimize",
+    "work_folder",
+)
+
+
+def _quantization(args: argparse.Namespace) -> QuantizationRequest | None:
+    """What the arguments ask for; None without ``--quantize``.
+
+    Raises:
+        UserError: they cannot be understood, or belong to a quantization that is not asked for.
+    """
+    if args.quantize is None:
+        lonely = [name for name in _NEEDS_RECIPE if getattr(args, name) is not None] + ["auto"] * args.auto
+        if lonely:
+            raise UserError(f"--{lonely[0].replace('_', '-')} goes with --quantize RECIPE; add it or leave this out.")
+        return None
+    from qwenforge.engine.quantization_request import quantization_request
+
+    return quantization_request(
+        args.quantize,
+        overrides=args.override or (),
+        cache=args.cache,
+        budget=args.budget,
+        calibration_data=args.calibration_data,
+        calibration_rows=args.calibration_rows,
+        heldout_data=args.heldout_data,
+        auto=args.auto,
+        optimize=args.optimize or "latency",
+        work_folder=args.work_folder,
+    )
 
 
 def _export_with_progress(args: argparse.Namespace, options: dict[str, Any]) -> ExportReport:
@@ -114,6 +219,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "dtype": report.dtype,
         "lowering": report.lowering.model_dump() if report.lowering is not None else None,
         "ort_cuda": report.ort_cuda.model_dump() if report.ort_cuda is not None else None,
+        "quantization": report.quantization.to_json() if report.quantization is not None else None,
         "nodes": report.nodes,
         "data_bytes": report.data_bytes,
         "linked_bytes": report.linked_bytes,
@@ -153,6 +259,49 @@ def _ort_cuda(record: OrtCudaRecord) -> str:
     return f"attention {record.attention}{experts} ({record.basis}){library}"
 
 
+def _print_quantization(console: Console, outcome: QuantizationOutcome) -> None:
+    figures, budget = outcome.run.distributions, outcome.budget
+    if outcome.frontier is not None:
+        _print_frontier(console, outcome)
+    console.print(
+        f"quantized by {outcome.recipe.name}: {outcome.unquantized_bytes / 1e6:.1f} -> "
+        f"{outcome.quantized_bytes / 1e6:.1f} MB; on {figures.positions} tokens of {outcome.run.source} mean KL "
+        f"{figures.mean_kl:.2g} (budget {budget.kl:g}), perplexity x {figures.perplexity_ratio:.4f} ({budget.ppl:g}), "
+        f"best token agrees at {figures.top1_agreement:.1%} ({budget.top1:.1%}); accuracy.html in the bundle has more",
+        markup=False,
+    )
+
+
+def _print_frontier(console: Console, outcome: QuantizationOutcome) -> None:
+    """The choices that ``--auto`` weighed, smallest first."""
+    from rich import box
+    from rich.table import Table
+
+    from qwenforge.calibration.sensitivity import overrides_of
+
+    frontier = outcome.frontier
+    assert frontier is not None
+    table = Table(title="size and accuracy", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for heading in ("MB", "mean KL", "perplexity", "top-1"):
+        table.add_column(heading, justify="right")
+    table.add_column("holds")
+    table.add_column("in higher precision")
+    for index, point in enumerate(frontier.points):
+        raised = ", ".join(f"{group} {level}" for group, level in list(point.raised.items())[:2])
+        raised += f" and {len(point.raised) - 2} more" if len(point.raised) > 2 else ""
+        table.add_row(
+            f"{point.bytes / 1e6:.2f}",
+            f"{point.accuracy.mean_kl:.2g}",
+            f"x {point.accuracy.perplexity_ratio:.4f}",
+            f"{point.accuracy.top1_agreement:.1%}",
+            ("yes" if point.holds else "no") + (", chosen" if index == frontier.chosen else ""),
+            raised or "nothing",
+        )
+    console.print(table)
+    if chosen := frontier.choice:
+        console.print("chosen, as arguments:", *(f"--override '{each}'" for each in overrides_of(chosen)), markup=False)
+
+
 def _print(report: ExportReport) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -166,6 +315,8 @@ def _print(report: ExportReport) -> None:
         console.print(_lowering(report.lowering), markup=False)
     if report.ort_cuda is not None:
         console.print(_ort_cuda(report.ort_cuda), markup=False)
+    if report.quantization is not None:
+        _print_quantization(console, report.quantization)
     verification = report.verification
     if verification is None:
         console.print("not verified (--no-verify)")

@@ -28,13 +28,14 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "build": "compile the engine of a TensorRT bundle",
         "optimize": "run the graph passes on any ONNX model",
         "run": "generate text with a bundle",
+        "eval": "measure a bundle's perplexity, or its score on tasks",
         "bench": "measure latency, throughput and memory of a bundle",
         "inspect": "show what is in a bundle, an ONNX model or an engine",
     }
 )
 """Every verb and its one-line help, in pipeline order; verb ``x`` is implemented in ``qwenforge.cli.x``."""
 
-_OPTIONAL = {"torch": "export", "transformers": "export"}
+_OPTIONAL = {"torch": "export", "transformers": "export", "matplotlib": "report", "lm_eval": "eval"}
 """Libraries that only some verbs need, and the extra that installs them."""
 _DESCRIPTION = "Export a Qwen2-family checkpoint to a fast engine that is proven to say what the checkpoint says."
 _EXAMPLE = """\

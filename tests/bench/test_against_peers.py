@@ -9,9 +9,12 @@ import pytest
 
 from qwenforge.bench import against_peers
 from qwenforge.bench.against_peers import Figures, main
+from qwenforge.bench.geometries import write_checkpoint
 from qwenforge.bench.measured_process import MeasuredProcess
-from qwenforge.bench.peers import genai
+from qwenforge.bench.peer_engines import OURS, Builds, engines, supports_genai
+from qwenforge.bench.peers import genai, llama
 from qwenforge.errors import UserError
+from qwenforge.runtime import load
 
 WORKER = """
 import json, sys
@@ -102,3 +105,89 @@ def test_bad_count_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--work", "unused", "--new-tokens", "1"])
     assert ended.value.code == 2 and "less than 2" in capsys.readouterr().err
+
+
+def _engine(first: float, rate: float) -> dict[str, object]:
+    by_length = {
+        "ttft_ms": {"median": first},
+        "tokens_per_second": {"median": rate},
+        "our_ttft_ratio": {"median": 100 / first},
+        "our_tokens_per_second_ratio": {"median": 50 / rate},
+    }
+    return {"prompt_tokens": {"128": by_length}}
+
+
+def test_best_peer_is_named_for_each_figure_and_is_none_of_ours() -> None:
+    engines = {
+        "qwenforge": _engine(100, 50),
+        "qwenforge, one graph": _engine(1, 1000),
+        "a": _engine(200, 40),
+        "b": _engine(400, 80),
+    }
+    found = against_peers.against_best(engines)["128"]
+    assert (found["ttft"]["peer"], found["ttft"]["our_ratio"]["median"]) == ("a", 0.5)
+    assert (found["tokens_per_second"]["peer"], found["tokens_per_second"]["our_ratio"]["median"]) == ("b", 0.625)
+    assert against_peers.against_best({"qwenforge": _engine(1, 1)}) == {}
+
+
+def test_unknown_peer_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--work", "unused", "--peers", "vllm"])
+    assert ended.value.code == 2 and "vllm is none of genai, llama.cpp" in capsys.readouterr().err
+
+
+LLAMA_STAND_IN = """
+import ctypes
+llama_token = ctypes.c_int32
+class Params: pass
+llama_log_callback = staticmethod(lambda function: function).__func__
+def llama_log_set(callback, data): pass
+def llama_backend_init(): pass
+def llama_model_default_params(): return Params()
+def llama_context_default_params(): return Params()
+def llama_model_load_from_file(path, params): return 1
+def llama_init_from_model(model, params):
+    assert params.n_threads == params.n_threads_batch == 2
+    return 2
+def llama_model_get_vocab(model): return 3
+def llama_vocab_n_tokens(vocab): return 4
+cache, logits = [], (ctypes.c_float * 4)(0, 5, 9, 1)
+def llama_get_memory(context): return 0
+def llama_memory_clear(memory, data): cache.clear()
+def llama_batch_get_one(tokens, count): return list(tokens)
+def llama_decode(context, batch):
+    # The prompt first, then the likeliest token alone, again and again.
+    assert len(batch) == 5 if not cache else batch == [2]
+    cache.extend(batch)
+    return 0
+def llama_get_logits_ith(context, index): return logits
+"""
+
+
+def test_worker_of_llama_cpp_takes_the_likeliest_token_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice: a run begins with an empty cache."""
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = {"model": "x", "threads": 2, "vocab_size": 4}
+    with MeasuredProcess([sys.executable, llama.WORKER], "llama.cpp", arguments) as process:
+        for seed in (0, 1):
+            times, _ = process.run(prompt_tokens=5, new_tokens=3, seed=seed)
+            assert len(times) == 4 and times == sorted(times)
+
+
+@pytest.mark.parametrize(("bits", "geometry"), [(8, "tiny"), (4, "tiny-moe")])
+def test_our_engines_of_a_comparison_are_bundles_that_generate(bits: int, geometry: str, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", geometry)
+    found = engines(bits, Builds(checkpoint, tmp_path, geometry, 2, None, None))
+    assert OURS in found and f"{OURS}, one graph" in found
+    for start in found.values():
+        model = load(start.arguments["bundle"], threads=2)
+        answer = model.generate([list(range(30))], max_new_tokens=2, ignore_eos=True)
+        assert len(answer.sequences[0].tokens) == 2
+        assert start.disk_bytes > 0
+    assert (Path(found[OURS].arguments["bundle"]) / "prefill.onnx").is_file()
+    assert not (Path(found[f"{OURS}, one graph"].arguments["bundle"]) / "prefill.onnx").exists()
+
+
+def test_genai_is_left_out_where_it_refuses_the_model() -> None:
+    assert supports_genai("0.5b") and not supports_genai("moe-0.7b")

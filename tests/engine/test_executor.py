@@ -110,13 +110,13 @@ def test_temporary_model_lies_beside_the_data_only_while_it_is_read(
 ) -> None:
     export = exports("mixed", "portable", "bf16")
     opened: list[tuple[str, bool, list[str]]] = []
-    open_session = executor._session
+    open_session = executor.open_session
 
     def session(path: Path) -> Any:
         opened.append((path.name, path.is_file(), left_behind(path.parent)))
         return open_session(path)
 
-    monkeypatch.setattr(executor, "_session", session)
+    monkeypatch.setattr(executor, "open_session", session)
     run(StepExecutor(export.model, batch=2, capacity=CAPACITY, whole=whole, upcast=True), (PROMPT, 1))
     names = [".verify-whole.onnx"] if whole else [f".verify-piece-{index}.onnx" for _ in range(2) for index in range(4)]
     assert opened == [(name, True, [name]) for name in names]

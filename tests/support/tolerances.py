@@ -24,3 +24,7 @@ may fall to the other side of an edge, each by an eighth of itself, and the resu
 QUANTIZED_MODEL = 2e-2
 """Logits of a whole model with quantized activations against the same in float64, relative norm: sums in another order
 put a few activations of a thousand on the other side of a rounding edge, each by one step of 1/127 (E4M3: 1/8)."""
+
+INT8_ACTIVATIONS = 2e-2
+"""A product whose activations were rounded to int8 by block or token, relative: 1/254 of the largest, over a few
+products in a row, of values of which the largest is some three times the typical one."""
