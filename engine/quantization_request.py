@@ -12,6 +12,7 @@ from qwenforge.calibration.budget import Budget, default_budget, parse_budget
 from qwenforge.calibration.recipes import Recipe
 from qwenforge.devices import Device
 from qwenforge.engine.ort_cpu_graphs import Optimize
+from qwenforge.recipe_names import require_recipe
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,4 @@ def require_device(recipe: Recipe, device: Device) -> None:
     """
     formats = [recipe.weight, recipe.activation, recipe.cache]
     formats += [override.action for override in recipe.overrides if override.action in ("int8", "int4", "fp8")]
-    for precision in formats:
-        if precision is not None:
-            device.require_precision(precision)
+    require_recipe(device, recipe.name, [precision for precision in formats if precision is not None])

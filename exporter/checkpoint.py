@@ -128,6 +128,7 @@ class Checkpoint:
         expert_layout: How the experts are stored; "per_expert" for dense models.
         quantized: What is stored quantized and how; None in a checkpoint of floating-point numbers.
         scale_dtype: The dtype that scales are rounded to, see :meth:`with_scales_in`; None for the stored one.
+        is_widened: Whether quantized weights are given as floating-point numbers and nothing else.
     """
 
     folder: Path
@@ -140,6 +141,7 @@ class Checkpoint:
     _headers: tuple[SafetensorsHeader, ...] = field(repr=False)
     _stored: Mapping[str, tuple[StoredTensor, Path]] = field(repr=False)
     scale_dtype: ir.DataType | None = None
+    is_widened: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -202,10 +204,11 @@ class Checkpoint:
         plain = (name for name in self._stored if name in self.quantized.plain)
         return (*plain, *self._matrices)
 
-    def tensor(self, name: str) -> CheckpointTensor | CheckpointWeight:
+    def tensor(self, name: str) -> CheckpointTensor | CheckpointWeight | SealedWeight:
         """The weight of that name, a new object at each call; raises CheckpointError when there is none."""
         if name in self._matrices:
-            return CheckpointWeight(name, self.quantized_weight(name))
+            found = CheckpointWeight(name, self.quantized_weight(name))
+            return SealedWeight(found) if self.is_widened else found
         return self._stored_tensor(name)
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
@@ -225,6 +228,10 @@ class Checkpoint:
         each scale moves by at most half a unit in its last place, as unquantized weights do.
         """
         return replace(self, scale_dtype=dtype)
+
+    def widened(self) -> Checkpoint:
+        """The same checkpoint as if it had been stored in floating point: codes and scales are not to be found."""
+        return replace(self, is_widened=True)
 
     def scale(self, name: str) -> float:
         """The number in a stored tensor of one element; raises CheckpointError when there is none."""
