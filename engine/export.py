@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ def export_checkpoint(
     verify_result: bool = True,
     verify_passes: bool = False,
     choice: LoweringChoice | None = None,
+    dequantize: bool = False,
     quantization: QuantizationRequest | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -133,6 +134,7 @@ def export_checkpoint(
         verify_result: compare with transformers before the bundle appears.
         verify_passes: also compare the graph before and after every pass.
         choice: how to lower for a GPU (``lowering_choice.choose``); by default what that makes of ``target`` alone.
+        dequantize: store the weights of a checkpoint that is quantized already in ``dtype``.
         quantization: how to quantize, and what the result is held to; None leaves weights in ``dtype``.
         progress: told what is going on.
 
@@ -142,11 +144,14 @@ def export_checkpoint(
     """
     clock = _Clock(progress)
     source = Checkpoint.open(Path(checkpoint))
-    _require_runnable(source, target)
     if choice is None:
         choice = choose(target)
     tensorrt = choice if isinstance(choice, TensorRTChoice) else None
     chosen = resolve_dtype(target, dtype, choice.device if choice is not None else None)
+    if dequantize and source.quantized is None:
+        raise UserError(f"--dequantize is for quantized checkpoints, and {source.folder} is none; leave it out.")
+    # What is widened is rounded once, as a whole, like any other weight.
+    source = source.widened() if dequantize else source.with_scales_in(_DTYPES[chosen])
     length = _context_length(source, max_length, DEFAULT_MAX_LENGTH if tensorrt is None else TENSORRT_MAX_LENGTH)
     if tensorrt is not None and max_batch is None:
         max_batch = TENSORRT_MAX_BATCH
@@ -206,11 +211,12 @@ def export_checkpoint(
         clock.start("lower")
         capacity = length if tensorrt is not None else None
         graphs = None
-        if quantization is not None and target == "ort-cpu":
-            graphs = lower_quantized(portable, quantization.optimize)
-            final = graphs.decode
-        else:
-            final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
+        with _naming_dequantize(source):
+            if quantization is not None and target == "ort-cpu":
+                graphs = lower_quantized(portable, quantization.optimize)
+                final = graphs.decode
+            else:
+                final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
         if isinstance(choice, OrtCudaChoice):
             _require_cuda_kernels(final)
         bound = split_weight_inputs(final) if tensorrt is not None and tensorrt.weights_as == "inputs" else {}
@@ -508,13 +514,18 @@ def _reference(dtype: str) -> str:
     return "transformers fp32" if dtype == "fp32" else f"transformers fp32, weights rounded to {dtype}"
 
 
-def _require_runnable(source: Checkpoint, target: str) -> None:
-    """Refuse a quantized checkpoint whose numbers the target does not multiply, before any work."""
-    if source.quantized is not None and target == "ort-cpu" and source.quantized.format.weight_format == "fp8":
+@contextmanager
+def _naming_dequantize(source: Checkpoint) -> Iterator[None]:
+    """Add the way out to what a lowering refuses of a checkpoint that is quantized already."""
+    try:
+        yield
+    except UnsupportedError as error:
+        if source.quantized is None or source.is_widened:
+            raise
         raise UnsupportedError(
-            f"{source.folder} holds {source.quantized.format.summary} weights, and ONNX Runtime has no FP8 product on "
-            "a CPU; choose another target, such as portable, or give ort-cpu the unquantized, a GPTQ or AWQ checkpoint."
-        )
+            f"{str(error).rstrip('.')}; the checkpoint holds {source.quantized.format.summary} weights, which "
+            "--dequantize stores in the model's own dtype instead."
+        ) from error
 
 
 def _stored_dtype(source: Checkpoint) -> str:

@@ -16,10 +16,10 @@ import onnx_ir as ir
 
 from qwenforge.engine.free_memory import give_back_freed_memory
 from qwenforge.exporter.cache_argument import cache_argument
-from qwenforge.exporter.checkpoint import Checkpoint
+from qwenforge.exporter.checkpoint import Checkpoint, CheckpointWeight
 from qwenforge.exporter.expected_tensors import EMBEDDING, OUTPUT_HEAD
 from qwenforge.exporter.leaves import mapped_array
-from qwenforge.exporter.weights import cast, slice_
+from qwenforge.exporter.weights import cast, slice_, substitute
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,8 @@ class Reference:
     Args:
         checkpoint: where the weights are.
         resident: keep weights once read; otherwise each module's are dropped after it has run.
-        rounded_to: round the weights to this type before they become fp32.
+        rounded_to: round the weights to this type before they become fp32; those stored quantized are codes times
+            scales, which are not rounded once more.
         rounded_rotary: round the cosines and sines to ``rounded_to`` too, as transformers does in 16 bits.
     """
 
@@ -133,7 +134,7 @@ class Reference:
     def _as_fp32(self, tensor: ir.TensorProtocol) -> npt.NDArray[np.float32]:
         """The values in memory of our own, rounded if asked."""
         if self._rounded_to is not None:
-            tensor = cast(tensor, self._rounded_to)
+            tensor = _rounded(cast(tensor, ir.DataType.FLOAT), self._rounded_to)
         # Not numpy(): a stored tensor would keep its file mapped, and the pages of all layers would add up.
         array = np.ascontiguousarray(mapped_array(cast(tensor, ir.DataType.FLOAT)))
         return array if array.flags.writeable else array.copy()
@@ -155,6 +156,11 @@ class Reference:
         module.register_forward_pre_hook(load)
         if not self._resident:
             module.register_forward_hook(drop)
+
+
+def _rounded(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
+    """The same plan over leaves that are rounded to ``dtype``, but for the quantized ones."""
+    return substitute(tensor, lambda leaf: leaf if isinstance(leaf, CheckpointWeight) else cast(leaf, dtype))
 
 
 def _set(owner: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -37,7 +37,7 @@ from qwenforge.exporter.quantized_weights import QuantizedWeight
 from qwenforge.exporter.safetensors_header import SafetensorsHeader, StoredTensor, read_header
 from qwenforge.exporter.text_files import read_generation_config, tokenizer_files
 from qwenforge.exporter.transforms import Reshape
-from qwenforge.exporter.weights import DerivedTensor, chunks, concat, dims, stack, substitute
+from qwenforge.exporter.weights import DerivedTensor, cast, chunks, concat, dims, stack, substitute
 
 _DTYPES = {
     "F32": ir.DataType.FLOAT,
@@ -127,6 +127,8 @@ class Checkpoint:
         weight_files: The weights files, by name in the folder; the paths are real ones.
         expert_layout: How the experts are stored; "per_expert" for dense models.
         quantized: What is stored quantized and how; None in a checkpoint of floating-point numbers.
+        scale_dtype: The dtype that scales are rounded to, see :meth:`with_scales_in`; None for the stored one.
+        is_widened: Whether quantized weights are given as floating-point numbers and nothing else.
     """
 
     folder: Path
@@ -138,6 +140,8 @@ class Checkpoint:
     quantized: Contents | None
     _headers: tuple[SafetensorsHeader, ...] = field(repr=False)
     _stored: Mapping[str, tuple[StoredTensor, Path]] = field(repr=False)
+    scale_dtype: ir.DataType | None = None
+    is_widened: bool = False
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -200,17 +204,34 @@ class Checkpoint:
         plain = (name for name in self._stored if name in self.quantized.plain)
         return (*plain, *self._matrices)
 
-    def tensor(self, name: str) -> CheckpointTensor | CheckpointWeight:
+    def tensor(self, name: str) -> CheckpointTensor | CheckpointWeight | SealedWeight:
         """The weight of that name, a new object at each call; raises CheckpointError when there is none."""
         if name in self._matrices:
-            return CheckpointWeight(name, self.quantized_weight(name))
+            found = CheckpointWeight(name, self.quantized_weight(name))
+            return SealedWeight(found) if self.is_widened else found
         return self._stored_tensor(name)
 
     def quantized_weight(self, name: str) -> QuantizedWeight:
         """The codes and scales of the weight ``name``, which must be stored quantized."""
         assert self.quantized is not None
         matrix = self.quantized.matrices[name]
-        return self.quantized.weight(name, {p: self._stored_tensor(f"{matrix.module}.{p}") for p in matrix.parts})
+        parts = {part: self._stored_tensor(f"{matrix.module}.{part}") for part in matrix.parts}
+        found = self.quantized.weight(name, parts)
+        if self.scale_dtype is None:
+            return found
+        return replace(found, scales=cast(cast(found.scales, self.scale_dtype), ir.DataType.FLOAT))
+
+    def with_scales_in(self, dtype: ir.DataType) -> Checkpoint:
+        """The same checkpoint, the scales of its quantized weights rounded to ``dtype``.
+
+        Strongly typed networks hold scales in the model's dtype. Where that is the scales' own nothing changes; else
+        each scale moves by at most half a unit in its last place, as unquantized weights do.
+        """
+        return replace(self, scale_dtype=dtype)
+
+    def widened(self) -> Checkpoint:
+        """The same checkpoint as if it had been stored in floating point: codes and scales are not to be found."""
+        return replace(self, is_widened=True)
 
     def scale(self, name: str) -> float:
         """The number in a stored tensor of one element; raises CheckpointError when there is none."""

@@ -1,7 +1,7 @@
 """The recipes of ``--quantize`` by name, and which of them a device can use.
 
 What a recipe does is in :mod:`qwenforge.calibration.recipes`; what it would cost on a device, in
-:mod:`qwenforge.engine.planning.recipes`. Both go by these names.
+:mod:`qwenforge.engine.planning.recipes`, where recipes of one size are one. Both go by these names.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ RECIPE_PRECISIONS: Mapping[str, str] = MappingProxyType(
         "int8-w8a8": "int8",
         "int8-weight-only": "int8",
         "int4-weight-only": "int4",
+        "int4-gptq": "int4",
     }
 )
 """The precision of the weights by recipe, from the most exact to the smallest."""

@@ -70,6 +70,11 @@ class ExportCommand(Command):
         )
         parser.add_argument("--no-verify", action="store_true", help="skip the comparison with transformers (recorded)")
         parser.add_argument("--verify-passes", action="store_true", help="also compare the graph around every pass")
+        parser.add_argument(
+            "--dequantize",
+            action="store_true",
+            help="store the weights of a checkpoint that is quantized already (GPTQ, AWQ, FP8...) in --dtype",
+        )
         add_lowering_choice(parser)
         _add_quantization(parser)
         add_json(parser)
@@ -84,6 +89,7 @@ class ExportCommand(Command):
             "verify_result": not args.no_verify,
             "verify_passes": args.verify_passes,
             "choice": lowering_choice(args),
+            "dequantize": args.dequantize,
             "quantization": _quantization(args),
         }
         report = _export_with_progress(args, options)
