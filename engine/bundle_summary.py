@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwenforge.engine.units import size, thousands
-from qwenforge.manifest import EngineRecord, LoweringRecord, Manifest, OrtCudaRecord
+from qwenforge.manifest import EngineRecord, LoweringRecord, Manifest, OrtCudaRecord, QuantizationRecord
 
 
 def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -37,6 +37,7 @@ def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]
         ("files", files),
         *([("lowering", _lowering(manifest.lowering))] if manifest.lowering is not None else []),
         *([("lowering", _ort_cuda(manifest.ort_cuda))] if manifest.ort_cuda is not None else []),
+        *([("quantization", _quantization(manifest.quantization))] if manifest.quantization is not None else []),
         *([("engine", summarize_engine(manifest.engine))] if manifest.engine is not None else []),
     ] + ([("tools", list(manifest.tool_versions.items()))] if manifest.tool_versions else [])
 
@@ -49,6 +50,25 @@ def _lowering(record: LoweringRecord) -> list[tuple[str, str]]:
         ("attention", record.attention),
         ("experts", record.moe),
         ("weights as", record.weights_as),
+    ]
+
+
+def _quantization(record: QuantizationRecord) -> list[tuple[str, str]]:
+    """How a model was quantized and what that cost."""
+    sites = ", ".join(
+        f"{group.sites} {group.weight}" + (f" in groups of {group.group_size}" if group.group_size else "")
+        for group in record.sites
+    )
+    accuracy, budget = record.accuracy, record.budget
+    return [
+        ("recipe", record.recipe),
+        ("sites", sites),
+        ("cache", record.cache or "as the model's"),
+        ("calibrated on", record.calibrated_on or "no text"),
+        ("judged on", record.judged_on),
+        ("mean KL", f"{accuracy['mean_kl']:.3g} nats (budget {budget['kl']:g})"),
+        ("perplexity", f"{accuracy['perplexity_ratio']:.4f} times the unquantized (budget {budget['ppl']:g})"),
+        ("best token agrees", f"{accuracy['top1_agreement']:.1%} (budget {budget['top1']:.1%})"),
     ]
 
 

@@ -163,8 +163,8 @@ def export_checkpoint(
         raise UserError("--weights link refers to the checkpoint's bytes, which --quantize changes; leave it out.")
     if quantization is not None and source.quantized is not None:
         raise UserError(
-            f"{source.folder} holds {source.quantized.format.summary} weights already; leave --quantize out, or give the "
-            "unquantized checkpoint."
+            f"{source.folder} holds {source.quantized.format.summary} weights already; leave --quantize out, or give "
+            "the unquantized checkpoint."
         )
     if quantization is not None and choice is not None and choice.device is not None:
         require_device(quantization.recipe, choice.device)

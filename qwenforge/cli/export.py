@@ -92,7 +92,11 @@ class ExportCommand(Command):
             "dequantize": args.dequantize,
             "quantization": _quantization(args),
         }
-        report = _export_with_progress(args, options)
+        try:
+            report = _export_with_progress(args, options)
+        except KeyboardInterrupt:
+            _tell_work_folder(options["quantization"], Path(args.output))
+            raise
         for warning in report.quantization.warnings if report.quantization is not None else ():
             print(f"qwenforge: warning: {warning}", file=sys.stderr)
         if args.json:
@@ -100,6 +104,15 @@ class ExportCommand(Command):
         else:
             _print(report)
         return EXIT_DONE
+
+
+def _tell_work_folder(request: QuantizationRequest | None, output: Path) -> None:
+    """Say where an interrupted calibration can be taken up."""
+    from qwenforge.engine.quantized_export import default_work_folder
+
+    folder = None if request is None else request.work_folder or default_work_folder(output)
+    if folder is not None and folder.is_dir():
+        print(f"qwenforge: what was calibrated is kept in {folder}; the same command goes on there", file=sys.stderr)
 
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:

@@ -227,7 +227,7 @@ def test_work_folder_of_the_user_is_kept_and_taken_up(tmp_path: Path, monkeypatc
 def test_search_finds_the_layer_that_was_spoilt_and_holds_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil_scales(monkeypatch, "model.layers.1.mlp", 3.0, weight="int4")
+    spoil_scales(monkeypatch, "model.layers.1.mlp", 8.0, weight="int4")
     options: dict[str, Any] = {"budget": "kl=0.04,ppl=1.06,top1=0.8", "auto": True, "calibration_rows": 4}
     first, second = (quantized(tmp_path / name, "int4-weight-only", **options) for name in ("first", "second"))
     assert first.quantization is not None and second.quantization is not None
