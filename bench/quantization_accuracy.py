@@ -26,7 +26,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge.bench.circumstances import circumstances
-from qwenforge.bench.peers import modelopt
+from qwenforge.bench.peers import nvidia_modelopt as modelopt
 from qwenforge.bench.report_file import check_report_file, write_report
 from qwenforge.calibration import recipes
 from qwenforge.calibration.accuracy import DistributionAccuracy, DistributionComparison

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qwenforge.errors import UserError
 
-WORKER = Path(__file__).with_name("modelopt_worker.py")
+WORKER = Path(__file__).with_name("nvidia_modelopt_worker.py")
 _NEEDS = ("torch", "transformers")
 
 
@@ -56,7 +56,7 @@ def logits(
     windows: npt.NDArray[np.int64],
     folder: Path,
 ) -> npt.NDArray[np.float32]:
-    """Logits [B, S, V] of ``windows`` [B, S] by ``checkpoint`` quantized with ModelOpt's ``config``, in fp32 arithmetic.
+    """Logits [B, S, V] of ``windows`` [B, S] by ``checkpoint`` quantized with ModelOpt's ``config``, in fp32.
 
     Args:
         python: the interpreter of :func:`environment`.
