@@ -102,7 +102,7 @@ class RepeatGroups(RowWise):
 
 @dataclass(frozen=True)
 class LargestScales(RowWise):
-    """float32 [..., N, K] to the scales [..., N, G] with which codes up to ``largest`` reach each group's largest value.
+    """float32 [..., N, K] to the scales [..., N, G] with which codes up to ``largest`` reach each group's largest one.
 
     A group of zeros only has the scale 1.
     """
@@ -123,7 +123,7 @@ class LargestScales(RowWise):
 
 
 def rounded(weight: ir.TensorProtocol, weight_format: Literal["int8", "int4"], group_size: int) -> QuantizedWeight:
-    """``weight`` [..., N, K] rounded to the nearest code of a symmetric grid that ends at each group's largest value."""
+    """``weight`` [..., N, K] rounded to the nearest code of a symmetric grid that ends at each group's largest one."""
     wide = weights.cast(weight, ir.DataType.FLOAT)
     scales = DerivedTensor(LargestScales(group_size, 127 if weight_format == "int8" else 7), [wide])
     return quantize(wide, weight_format, scales, group_size=group_size)
