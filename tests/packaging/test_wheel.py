@@ -57,7 +57,7 @@ def test_wheel_holds_the_configurations_of_known_models(contents: set[str]) -> N
 
 def test_wheel_holds_the_calibration_sample_and_its_licence(contents: set[str]) -> None:
     packaged = {name for name in contents if name.endswith((".jsonl", ".txt")) and ".dist-info/" not in name}
-    assert packaged == {"qwenforge/calibration/sample.jsonl", "qwenforge/calibration/sample.LICENSE.txt"}
+    assert {"qwenforge/calibration/sample.jsonl", "qwenforge/calibration/sample.LICENSE.txt"} <= packaged
 
 
 def test_wheel_holds_the_licence(contents: set[str]) -> None:
