@@ -22,7 +22,7 @@ from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
 from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
-from qwenforge.engine.quantization_request import QuantizationRequest, require_device
+from qwenforge.engine.quantization_request import QuantizationRequest, require_device, require_target
 from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
 from qwenforge.engine.verification import VerificationReport, verify
 from qwenforge.errors import UnsupportedError, UserError
@@ -166,8 +166,12 @@ def export_checkpoint(
             f"{source.folder} holds {source.quantized.format.summary} weights already; leave --quantize out, or give "
             "the unquantized checkpoint."
         )
-    if quantization is not None and choice is not None and choice.device is not None:
-        require_device(quantization.recipe, choice.device)
+    if quantization is not None:
+        import matplotlib  # noqa: F401  (the report's plots need it: missing, it is missed now and not after hours)
+
+        if choice is not None and choice.device is not None:
+            require_device(quantization.recipe, choice.device)
+        require_target(quantization.recipe, target, choice)
     with ExitStack() as stack:
         # Outermost, so that whatever goes wrong inside leaves calibration's state to be taken up again.
         work = None if quantization is None else stack.enter_context(kept_work_folder(quantization, Path(output)))

@@ -12,6 +12,9 @@ from qwenforge.calibration.budget import Budget, default_budget, parse_budget
 from qwenforge.calibration.recipes import Recipe
 from qwenforge.devices import Device
 from qwenforge.engine.ort_cpu_graphs import Optimize
+from qwenforge.errors import UnsupportedError
+from qwenforge.lowering_choice import LoweringChoice
+from qwenforge.ort_cuda_choice import ORT_CUDA
 from qwenforge.recipe_names import require_recipe
 
 
@@ -82,6 +85,34 @@ def require_device(recipe: Recipe, device: Device) -> None:
     Raises:
         UnsupportedError: the message names the recipes that it can use.
     """
+    require_recipe(device, recipe.name, _formats(recipe))
+
+
+def require_target(recipe: Recipe, target: str, choice: LoweringChoice | None) -> None:
+    """Refuse a recipe that ``target`` has no kernels for: the lowering would refuse it too, after the calibration.
+
+    Raises:
+        UnsupportedError: the message says what to choose instead.
+    """
+    products = _formats(recipe.changed(cache=None))
+    if target == "ort-cpu" and (recipe.cache is not None or "fp8" in products):
+        what = "FP8 products" if "fp8" in products else "8-bit caches"
+        raise UnsupportedError(
+            f"ONNX Runtime has no {what} on a CPU; use int8-w8a8, int8-weight-only or int4-weight-only without --cache "
+            "for ort-cpu, or another --target."
+        )
+    if target == ORT_CUDA and (recipe.activation is not None or "fp8" in products):
+        raise UnsupportedError(
+            f"ONNX Runtime on CUDA has no kernels for recipe {recipe.name}, only for quantized weights; use "
+            "int8-weight-only or int4-weight-only, or --target tensorrt."
+        )
+    if recipe.cache is not None and choice is not None and choice.attention == "native":
+        raise UnsupportedError(
+            f"--cache {recipe.cache} needs our own attention, which has 8-bit caches; add --attention plugin."
+        )
+
+
+def _formats(recipe: Recipe) -> list[str]:
     formats = [recipe.weight, recipe.activation, recipe.cache]
     formats += [override.action for override in recipe.overrides if override.action in ("int8", "int4", "fp8")]
-    require_recipe(device, recipe.name, [precision for precision in formats if precision is not None])
+    return [precision for precision in formats if precision is not None]
