@@ -12,7 +12,7 @@ STAGES := exporter graph_passes plugins calibration engine runtime bench
 .PHONY: help setup demo test plugins lint typecheck format clean
 
 help:
-	@echo "make demo       export both example checkpoints, verify, generate text, measure latency"
+	@echo "make demo       export both example checkpoints, verify, generate text, measure latency, quantize one"
 	@echo "make test       ruff, mypy, pytest"
 	@echo "make plugins    the libraries for TensorRT and ONNX Runtime, with the CUDA compiler of PyPI's wheels or your own"
 	@echo "make lint       ruff and mypy only"

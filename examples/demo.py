@@ -1,4 +1,4 @@
-"""The whole story on both example checkpoints: export, verify, generate, measure. ``make demo`` runs it.
+"""The whole story on both example checkpoints: export, verify, generate, measure, quantize. ``make demo`` runs it.
 
 Everything goes through the command line, as a user would type it; each command is shown before it runs.
 """
@@ -16,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ("tiny-qwen2", "tiny-qwen2-moe")
+QUANTIZED = "tiny-qwen2-moe"
+INT4 = ("--quantize", "int4-weight-only", "--calibration-rows", "64")
 OUTPUT = Path("demo-output")
 PROMPT = "Return a copy of the string with"
 WORKLOAD = ("--prompt-tokens", "128", "--new-tokens", "64", "--runs", "3")
@@ -38,6 +40,14 @@ def main() -> int:
             if code != 0:
                 return code
         measured[name] = json.loads((ROOT / figures).read_text())
+    quantized = OUTPUT / f"{QUANTIZED}-int4"
+    for arguments in (
+        ("export", Path("examples/checkpoints") / QUANTIZED, "-o", quantized, *INT4),
+        ("run", quantized, "--prompt", PROMPT, "--max-new-tokens", "48"),
+    ):
+        code = _qwenforge([str(argument) for argument in arguments])
+        if code != 0:
+            return code
     print()
     print_latencies(measured)
     print(f"\ndone in {time.perf_counter() - started:.0f} s; the bundles are in {OUTPUT}/")
