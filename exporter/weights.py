@@ -302,9 +302,11 @@ def chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
     else:
         yield tensor.tobytes()
         return
+    # A file holds 4-bit codes packed; what is computed here has one in each byte.
+    unpacked = isinstance(tensor, DerivedTensor) and tensor.dtype.bitwidth == 4
     for block in blocks:
         if block.size:
-            yield (pack_nibbles(block) if tensor.dtype.bitwidth == 4 else block.view(np.uint8)).data
+            yield (pack_nibbles(block) if unpacked else block.view(np.uint8)).data
 
 
 def pack_nibbles(codes: Array) -> Array:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf  # type: ignore[import-not-found]
 import numpy as np
 
 _STORED = {"F32": np.float32, "F16": np.float16}
@@ -33,6 +32,8 @@ def main() -> None:
 
 
 def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
+    import gguf  # type: ignore[import-not-found]
+
     sparse = "num_experts" in config
     architecture = gguf.MODEL_ARCH.QWEN2MOE if sparse else gguf.MODEL_ARCH.QWEN2
     layers = config["num_hidden_layers"]

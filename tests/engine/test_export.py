@@ -251,7 +251,10 @@ def test_linked_weights_on_another_disk_are_one_sentence(
         ({"weights": "symlink"}, r"--weights is copy or link, not symlink"),
         ({"dtype": "bf16"}, r"target ort-cpu does not support dtype bf16"),
         ({"target": "ort-cuda", "dtype": "fp32"}, r"target ort-cuda does not support dtype fp32: .*choose bf16"),
-        ({"target": "ort-cuda", "dtype": "int4"}, r"--dtype int4 needs calibrated scales.*choose bf16 or fp16"),
+        (
+            {"target": "ort-cuda", "dtype": "int4"},
+            r"--dtype int4 .*quantize with --quantize int4-weight-only.*choose bf16 or fp16",
+        ),
         ({"target": "ort-cuda", "weights": "link"}, r"--weights link .*ort-cuda, which packs the weights"),
         ({"target": "tensorrt"}, r"--target tensorrt needs --device, one of a100, "),
         (

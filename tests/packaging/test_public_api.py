@@ -19,6 +19,7 @@ EXPORT_PARAMETERS = (
     "verify_result",
     "verify_passes",
     "choice",
+    "dequantize",
     "quantization",
     "progress",
 )

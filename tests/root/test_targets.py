@@ -55,8 +55,8 @@ def test_unknown_dtype_lists_what_the_target_supports() -> None:
     [
         ("jetson-orin-nano", "fp8", r"jetson-orin-nano .*no FP8.*int8.*int4"),
         ("a100", "fp8", r"a100 .*no FP8.*int8.*int4"),
-        ("h200", "fp8", r"calibrated scales.*not built yet; choose bf16 or fp16"),
-        (None, "int4", r"calibrated scales.*not built yet; choose bf16 or fp16"),
+        ("h200", "fp8", r"quantize with --quantize .*choose bf16 or fp16"),
+        (None, "int4", r"quantize with --quantize .*choose bf16 or fp16"),
     ],
 )
 def test_quantized_dtype_is_refused_with_what_the_device_offers(

@@ -16,12 +16,14 @@ from qwenforge.graph_passes.lower import lower
 from qwenforge.graph_passes.lower.ort_cuda_kernels import HOST_OPERATORS, KERNELS, without_kernel
 from qwenforge.graph_passes.lower.ort_cuda_ops import FoldHeadNorms
 from qwenforge.graph_passes.pipeline import optimize
+from qwenforge.graph_passes.quantize.apply import apply_plan
 from qwenforge.tensorrt_choice import Operator
 from support.checkpoints import Kind
 from support.exported_models import DENSE, MIXED, SPARSE, exported
 from support.foreign_graphs import ForeignGraph, foreign_model
 from support.lowered_answers import answers
 from support.portable_models import portable_model, random_model
+from support.quantized_reference import Scheme, make_plan
 from support.small_graphs import Array, apply_rule, ops
 from support.tolerances import FLOAT32_MODEL
 
@@ -280,4 +282,8 @@ def test_table_holds_what_the_graphs_use_and_nothing_else() -> None:
             model = portable_model(random_model(kind, seed=2, **config), dtype=ir.DataType.BFLOAT16)
             used |= {(node.domain, node.op_type) for node in _lowered(model, attention, experts).graph}
     used |= {(node.domain, node.op_type) for node in _lowered(exported("qwen2_moe", **SPARSE).portable()).graph}
+    source = random_model("qwen2", hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+    quantized = portable_model(source, dtype=ir.DataType.BFLOAT16)
+    apply_plan(quantized, make_plan(source, Scheme("int4", 64)))
+    used |= {(node.domain, node.op_type) for node in _lowered(quantized).graph}
     assert set(KERNELS) == used
