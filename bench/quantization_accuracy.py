@@ -8,7 +8,8 @@ vocabulary projection stays unquantized for everyone, and so do routers.
 
 * qwenforge: each recipe through calibration and :func:`apply_plan`, run by ONNX Runtime.
 * NVIDIA ModelOpt: fake-quantized PyTorch models by its own configurations, in an environment of its own.
-* ONNX Runtime's MatMulNBits quantizer (round to nearest, HQQ, k-quant) on the unquantized graph's dense products.
+* ONNX Runtime's MatMulNBits quantizer (round to nearest, HQQ) on the unquantized graph's dense products; it leaves
+  experts unquantized, so that with experts its figures are not of equals.
 """
 
 from __future__ import annotations
@@ -142,6 +143,7 @@ def subjects(python: Path | None) -> list[Subject]:
         Subject("qwenforge int8-w8a8", "int8 weights and activations", our_logits(recipes.get("int8-w8a8"))),
         Subject("qwenforge fp8", "fp8 weights and activations", our_logits(recipes.get("fp8"))),
         Subject("qwenforge int4-weight-only", "int4 weights, groups of 128", our_logits(int4)),
+        Subject("qwenforge int4-gptq", "int4 weights, groups of 128", our_logits(recipes.get("int4-gptq"))),
     ]
     plain = int4.changed(smoothing=None, clipping=False, rounding="nearest")
     found.append(Subject("qwenforge round to nearest", "int4 weights, groups of 128", our_logits(plain)))
