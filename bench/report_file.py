@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenforge.errors import UserError
+from qwenforge.text_file import replace_text
 
 
 def check_report_file(path: Path) -> None:
@@ -22,10 +23,5 @@ def check_report_file(path: Path) -> None:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write ``report`` as JSON to ``path``, replacing what was there in one step; raises UserError when it cannot."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another file for the report.") from error
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    replace_text(path, text, advice=": choose another file for the report.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -12,7 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from qwenforge.engine.accuracy_plots import coverage_plot, divergence_plot, frontier_plot, layers_plot, size_plot
 from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.units import size, thousands
-from qwenforge.errors import AccuracyError, UserError
+from qwenforge.errors import AccuracyError
+from qwenforge.text_file import replace_text
 
 _TEMPLATE = "accuracy.html.jinja"
 
@@ -66,16 +66,7 @@ def refuse_beyond_budget(outcome: QuantizationOutcome, output: Path) -> None:
     if not outcome.missed:
         return
     page = output.with_name(f"{output.name}.accuracy.html")
-    _replace(page.with_suffix(".json"), json.dumps(outcome.to_json(), indent=1, allow_nan=False) + "\n")
-    _replace(page, accuracy_page(outcome))
+    figures = json.dumps(outcome.to_json(), indent=1, allow_nan=False) + "\n"
+    for path, text in ((page.with_suffix(".json"), figures), (page, accuracy_page(outcome))):
+        replace_text(path, text, advice="; choose another path for the bundle")
     raise AccuracyError(outcome.refusal(str(page)))
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}); choose another path for the bundle") from error

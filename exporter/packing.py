@@ -13,12 +13,13 @@ import onnx_ir as ir
 
 from qwenforge.exporter.transforms import Array, Dims, RowWise
 
-# Columns of a block of 16 in the order of their bytes, and of a block of 32 in the order of their nibbles, low ones
-# first: lane t of a matrix instruction wants the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16.
-_BYTES = np.array([2 * lane + offset for lane in range(4) for offset in (0, 1, 8, 9)])
-_NIBBLES = np.array(
+BYTE_COLUMNS = np.array([2 * lane + offset for lane in range(4) for offset in (0, 1, 8, 9)])
+"""Columns of a block of 16 in the order of their bytes: lane t of a matrix instruction wants 2t, 2t + 1, 2t + 8 and
+2t + 9."""
+NIBBLE_COLUMNS = np.array(
     [16 * (pair // 2) + 8 * (pair % 2) + 2 * lane + side for lane in range(4) for side in range(2) for pair in range(4)]
 )
+"""Columns of a block of 32 in the order of their nibbles, low ones first, by lane alike."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PackInt8(RowWise):
 
     def apply(self, sources: Sequence[Array]) -> Array:
         (codes,) = sources
-        blocks = codes.reshape(*codes.shape[:-1], -1, 16)[..., _BYTES]
+        blocks = codes.reshape(*codes.shape[:-1], -1, 16)[..., BYTE_COLUMNS]
         packed: Array = (blocks.view(np.uint8) ^ 128).reshape(codes.shape).view(np.int8)
         return packed
 
@@ -48,7 +49,7 @@ class PackInt4(RowWise):
 
     def apply(self, sources: Sequence[Array]) -> Array:
         (codes,) = sources
-        blocks = codes.astype(np.int8).reshape(*codes.shape[:-1], -1, 32)[..., _NIBBLES]
+        blocks = codes.astype(np.int8).reshape(*codes.shape[:-1], -1, 32)[..., NIBBLE_COLUMNS]
         nibbles = (blocks + 8).view(np.uint8)
         packed = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
         typed: Array = packed.reshape(*codes.shape[:-1], -1).view(np.int8)

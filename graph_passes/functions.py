@@ -189,7 +189,7 @@ _QUANTIZED_CACHE = {
     "keys": "all_keys",
     "values": "all_values",
 }
-_KEPT_TOKENS = {
+KEPT_TOKENS = {
     "name": MIXTURE_OF_EXPERTS,
     "inputs": "",
     "round_tokens": "",
@@ -197,7 +197,7 @@ _KEPT_TOKENS = {
     "round_hidden": "",
     "hidden": "hidden",
 }
-_QUANTIZED_TOKENS = {
+FLOAT8_TOKENS = {
     "name": QUANTIZED_EXPERTS,
     "inputs": ", activation_scales",
     "round_tokens": """
@@ -224,7 +224,7 @@ def _parsed() -> ir.Model:
     import onnx.parser
 
     text = _MODEL + _ATTENTION % _KEPT_CACHE + _ATTENTION % _QUANTIZED_CACHE
-    text += _EXPERTS % _KEPT_TOKENS + _EXPERTS % _QUANTIZED_TOKENS
+    text += _EXPERTS % KEPT_TOKENS + _EXPERTS % FLOAT8_TOKENS
     return ir.from_proto(onnx.parser.parse_model(text))
 
 

@@ -11,15 +11,13 @@ from types import MappingProxyType
 
 from qwenforge.devices import Device
 from qwenforge.errors import UnsupportedError
+from qwenforge.recipe_names import RECIPE_PRECISIONS
 
 DTYPES = ("fp32", "fp16", "bf16")
 """Precisions of weights and activations that an export can be asked for."""
 
 QUANTIZED = ("fp8", "int8", "int4")
 """Precisions that are known and refused by name: a device that lacks one says so."""
-
-_RECIPES_OF = {"fp8": ("fp8",), "int8": ("int8-w8a8", "int8-weight-only"), "int4": ("int4-weight-only",)}
-"""What ``--quantize`` has of each."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,9 @@ def resolve_dtype(target: str, dtype: str | None, device: Device | None = None) 
     if dtype in QUANTIZED:
         if device is not None:
             device.require_precision(dtype)
+        recipes = [name for name, precision in RECIPE_PRECISIONS.items() if precision == dtype]
         raise UnsupportedError(
-            f"--dtype {dtype} is none of activations; quantize with --quantize {' or '.join(_RECIPES_OF[dtype])}, and "
+            f"--dtype {dtype} is none of activations; quantize with --quantize {' or '.join(recipes)}, and "
             f"choose {' or '.join(chosen.dtypes)} for --dtype."
         )
     reason = chosen.refused.get(dtype, f"it is none of {', '.join(DTYPES)}; choose {' or '.join(chosen.dtypes)}")

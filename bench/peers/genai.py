@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from qwenforge.bench.peers import environments
 from qwenforge.errors import UserError
 
 WORKER = Path(__file__).with_name("genai_worker.py")
@@ -25,22 +25,15 @@ def environment(folder: Path) -> Path:
     Raises:
         UserError: the packages cannot be installed.
     """
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.is_file():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    if subprocess.run(
-        [python, "-c", "import onnxruntime_genai, onnx_ir, torch, transformers"], capture_output=True
-    ).returncode:
-        needed = [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in _BUILDER_NEEDS]
+    needed = environments.as_here(_BUILDER_NEEDS)
+    return environments.environment(
+        folder,
+        imports="onnxruntime_genai, onnx_ir, torch, transformers",
         # torch alone and first, so that resolving the others cannot choose another build of it.
-        for packages in (needed[:1], ["onnxruntime-genai", *needed[1:]]):
-            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
-            if subprocess.run(command, stdout=sys.stderr).returncode:
-                raise UserError(
-                    f"{' '.join(packages)} cannot be installed in {folder}; install them in an environment of your own "
-                    "and name its interpreter with --peer-python"
-                )
-    return python
+        installs=(needed[:1], ["onnxruntime-genai", *needed[1:]]),
+        failure=f"{{packages}} cannot be installed in {folder}; install them in an environment of your own and name "
+        "its interpreter with --peer-python",
+    )
 
 
 def version(python: Path) -> str:

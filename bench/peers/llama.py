@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
 
+from qwenforge.bench.peers import environments
 from qwenforge.errors import UserError
 
 WORKER = Path(__file__).with_name("llama_worker.py")
@@ -28,19 +28,15 @@ def environment(folder: Path) -> Path:
     Raises:
         UserError: the packages cannot be installed; it takes a C++ compiler and CMake.
     """
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.is_file():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    if subprocess.run([python, "-c", "import llama_cpp, gguf"], capture_output=True).returncode:
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    return environments.environment(
+        folder,
+        imports="llama_cpp, gguf",
         # Its wheels, where there are any, are for the oldest processors.
-        command += ["--no-binary", "llama-cpp-python", *_PACKAGES]
-        if subprocess.run(command, stdout=sys.stderr, env=os.environ | {"CMAKE_ARGS": _CMAKE_ARGUMENTS}).returncode:
-            raise UserError(
-                f"llama.cpp cannot be compiled in {folder}; its messages are above. Install a C++ compiler and CMake, "
-                "or name an environment of your own with --llama-python"
-            )
-    return python
+        installs=(["--no-binary", "llama-cpp-python", *_PACKAGES],),
+        failure=f"llama.cpp cannot be compiled in {folder}; its messages are above. Install a C++ compiler and CMake, "
+        "or name an environment of your own with --llama-python",
+        variables={"CMAKE_ARGS": _CMAKE_ARGUMENTS},
+    )
 
 
 def version(python: Path) -> str:

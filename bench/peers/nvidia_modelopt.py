@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwenforge.bench.peers import environments
 from qwenforge.errors import UserError
 
 WORKER = Path(__file__).with_name("nvidia_modelopt_worker.py")
@@ -25,18 +25,14 @@ def environment(folder: Path) -> Path:
     Raises:
         UserError: the packages cannot be installed.
     """
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.is_file():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    check = "import modelopt.torch.quantization, transformers"
-    if subprocess.run([python, "-c", check], capture_output=True).returncode:
-        needed = [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in _NEEDS]
+    needed = environments.as_here(_NEEDS)
+    return environments.environment(
+        folder,
+        imports="modelopt.torch.quantization, transformers",
         # torch alone and first, so that resolving the others cannot choose another build of it.
-        for packages in (needed[:1], ["nvidia-modelopt", "requests", *needed[1:]]):
-            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
-            if subprocess.run(command, stdout=sys.stderr).returncode:
-                raise UserError(f"{' '.join(packages)} cannot be installed in {folder}; install them there yourself")
-    return python
+        installs=(needed[:1], ["nvidia-modelopt", "requests", *needed[1:]]),
+        failure=f"{{packages}} cannot be installed in {folder}; install them there yourself",
+    )
 
 
 def version(python: Path) -> str:

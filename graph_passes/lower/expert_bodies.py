@@ -1,12 +1,15 @@
 """What ``QwenForgeMoE`` means for every kind of weights, as functions in standard operators.
 
 Written from plugins/moe/op.yaml and README.md, not from the lowering: packed columns are put back into their order here
-by the layout's definition, codes become numbers, and FP8 tokens and activated channels are rounded to E4M3.
+by the layout's definition, codes become numbers. FP8 tokens and activated channels are rounded to E4M3 by the very
+steps of the portable function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from qwenforge.graph_passes.functions import FLOAT8_TOKENS, KEPT_TOKENS
 
 DOMAIN = "qwenforge.reference"
 
@@ -141,27 +144,8 @@ PackedExperts%(name)s (x, weights, gate_up, down%(inputs)s) => (y)
     y = Transpose <perm = [1, 0]> (summed)
 }
 """
-_AS_IT_IS = {"name": "", "inputs": "", "round_tokens": "", "tokens": "x", "round_hidden": "", "hidden": "hidden"}
-_ROUNDED = {
-    "name": "Float8",
-    "inputs": ", activation_scales",
-    "round_tokens": """
-    end = Shape (activation_scales)
-    of_tokens = Slice (activation_scales, axis_zero, axis_one)
-    token_step = Squeeze (of_tokens)
-    expert_steps = Slice (activation_scales, axis_one, end)
-    x_wide = Cast <to = 1> (x)
-    token_codes = QuantizeLinear <output_dtype = 17> (x_wide, token_step)
-    token_numbers = DequantizeLinear (token_codes, token_step)
-    tokens = CastLike (token_numbers, x)""",
-    "tokens": "tokens",
-    "round_hidden": """
-    hidden_wide = Cast <to = 1> (hidden)
-    hidden_codes = QuantizeLinear <axis = 0, output_dtype = 17> (hidden_wide, expert_steps)
-    hidden_numbers = DequantizeLinear <axis = 0> (hidden_codes, expert_steps)
-    hidden_rounded = CastLike (hidden_numbers, x)""",
-    "hidden": "hidden_rounded",
-}
+_AS_IT_IS = KEPT_TOKENS | {"name": ""}
+_ROUNDED = FLOAT8_TOKENS | {"name": "Float8"}
 
 
 def expert_function(shared: bool, weight_type: int) -> str:

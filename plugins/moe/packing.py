@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwenforge.exporter.packing import BYTE_COLUMNS, NIBBLE_COLUMNS
+
 Array = npt.NDArray[Any]
 
 LAYOUT_VERSION = 1
@@ -25,13 +27,6 @@ ROW_GROUP = 65536
 MULTIPLE = 64
 """Of which hidden and intermediate size of packed weights are multiples."""
 LARGEST_FLOAT8 = 448.0
-
-# Columns of a block of 16 in the order of their bytes, and of a block of 32 in the order of their nibbles, low ones
-# first: lane t of a matrix instruction wants the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16.
-_BYTES = np.array([2 * lane + offset for lane in range(4) for offset in (0, 1, 8, 9)])
-_NIBBLES = np.array(
-    [16 * (pair // 2) + 8 * (pair % 2) + 2 * lane + side for lane in range(4) for side in range(2) for pair in range(4)]
-)
 
 
 class WeightType(IntEnum):
@@ -116,14 +111,14 @@ def pack_int8(weight: Array) -> tuple[Array, Array]:
 def pack_int8_values(values: Array) -> Array:
     """Pack INT8 weights [..., columns] as they are."""
     _check_columns(values)
-    blocks = values.reshape(*values.shape[:-1], -1, 16)[..., _BYTES]
+    blocks = values.reshape(*values.shape[:-1], -1, 16)[..., BYTE_COLUMNS]
     return (blocks.astype(np.int16) + 128).astype(np.uint8).reshape(values.shape).view(np.int8)
 
 
 def unpack_int8(packed: Array) -> Array:
     """The INT8 weights of :func:`pack_int8_values`."""
     blocks = (packed.view(np.uint8).astype(np.int16) - 128).astype(np.int8).reshape(*packed.shape[:-1], -1, 16)
-    return blocks[..., np.argsort(_BYTES)].reshape(packed.shape)
+    return blocks[..., np.argsort(BYTE_COLUMNS)].reshape(packed.shape)
 
 
 def pack_int4(weight: Array, group_size: int, scale_dtype: npt.DTypeLike = np.float16) -> tuple[Array, Array]:
@@ -144,7 +139,7 @@ def pack_int4(weight: Array, group_size: int, scale_dtype: npt.DTypeLike = np.fl
 def pack_int4_values(values: Array) -> Array:
     """Pack INT4 weights [..., columns], int8 numbers from -8 to 7, as they are: [..., columns / 2]."""
     _check_columns(values)
-    nibbles = (values.reshape(*values.shape[:-1], -1, 32)[..., _NIBBLES] + 8).astype(np.uint8)
+    nibbles = (values.reshape(*values.shape[:-1], -1, 32)[..., NIBBLE_COLUMNS] + 8).astype(np.uint8)
     packed = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
     return packed.reshape(*values.shape[:-1], -1).view(np.int8)
 
@@ -153,7 +148,7 @@ def unpack_int4(packed: Array) -> Array:
     """The INT4 weights of :func:`pack_int4_values`."""
     raw = packed.view(np.uint8)
     nibbles = np.stack([raw & 15, raw >> 4], -1).astype(np.int8).reshape(*packed.shape[:-1], -1, 32) - 8
-    return nibbles[..., np.argsort(_NIBBLES)].astype(np.int8).reshape(*packed.shape[:-1], -1)
+    return nibbles[..., np.argsort(NIBBLE_COLUMNS)].astype(np.int8).reshape(*packed.shape[:-1], -1)
 
 
 def pack_float8(weight: Array) -> tuple[Array, Array]:
