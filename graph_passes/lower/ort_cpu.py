@@ -16,6 +16,7 @@ from qwenforge.errors import UnsupportedError
 from qwenforge.graph_passes.functions import QUANTIZED_ATTENTION, QUANTIZED_EXPERTS
 from qwenforge.graph_passes.fuse.fold_weight_transforms import FoldWeightTransforms
 from qwenforge.graph_passes.infra import FusionPass
+from qwenforge.graph_passes.lower.early_tokens import ChooseTokensEarly
 from qwenforge.graph_passes.lower.ort_attention import LowerAttention
 from qwenforge.graph_passes.lower.ort_linear import MatMulByStoredWeight, TiedVocabularyProjection
 from qwenforge.graph_passes.lower.ort_moe import LowerMixtureOfExperts
@@ -79,6 +80,7 @@ def ort_cpu_rules(*, weights: str = "copy", products: Form = "static") -> list[F
         layout = [UnmergeProjections(), *quantized, MatMulByStoredWeight()]
     return [
         RefuseWithoutKernel(),
+        ChooseTokensEarly(),
         FoldTableCasts(),
         LowerAttention(),
         *layout,

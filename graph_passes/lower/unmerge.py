@@ -1,7 +1,7 @@
 """Merged projections taken apart again: the inverse of gate/up merging.
 
-Weights that must stay the checkpoint's are never merged; of quantized ones, one product saves less than the Split behind
-it takes.
+Weights that must stay the checkpoint's are never merged; of quantized ones, a product less saves less than the Split
+behind the merged one takes.
 """
 
 from __future__ import annotations
