@@ -64,8 +64,9 @@ class ExplicitDequantize(FusionPass):
 class TensorRTDequantize(ExplicitDequantize):
     """The same within what TensorRT takes.
 
-    Its documentation ("Working with Quantized Types") has symmetric quantization only, INT8 and FP8 with one scale a
-    row, and INT4 in blocks of 64 or 128 that divide the columns.
+    Its documentation ("Quantization Schemes") has symmetric quantization only, INT8 and FP8 with one scale a row, and
+    INT4 in blocks of 64 or 128 that divide the columns. Integers that are sums of such blocks were rewritten by
+    :class:`~qwenforge.graph_passes.lower.tensorrt_int4_blocks.Int4Blocks` before.
 
     Args:
         device: what the engine is for; None for any device of TensorRT for RTX.
@@ -81,20 +82,21 @@ class TensorRTDequantize(ExplicitDequantize):
         """See the class.
 
         Raises:
-            UnsupportedError: TensorRT does not take the matrix; the message names what it takes.
+            UnsupportedError: TensorRT does not take the matrix; the message names what does.
         """
         columns = weights.dims(quantized.codes)[-1]
         group, kind = quantized.group_size, quantized.format
+        whole_rows = group >= columns and quantized.zero_points is None and kind in ("int8", "fp8")
+        blocks = kind == "int4" and quantized.zero_points is None and group in (64, 128) and columns % group == 0
         problem = ""
-        if quantized.zero_points is not None or kind == "uint4":
-            problem = "it has zero points, and TensorRT's quantization is symmetric; quantize to int4 or int8"
-        elif kind == "int4" and (group not in (64, 128) or columns % group):
+        if kind == "fp8" and not whole_rows:
+            problem = f"it has groups of {group} columns, and TensorRT's FP8 has one scale a row; use --target portable"
+        elif not whole_rows and not blocks:
+            points = ", with zero points" if quantized.zero_points is not None else ""
             problem = (
-                f"it has groups of {group} of {columns} columns, and TensorRT's INT4 blocks are of 64 or 128 that "
-                "divide them; use --group-size 64 or 128, or int8"
+                f"it has groups of {group} of {columns} columns{points}, and TensorRT's INT4 blocks are of 64 or 128 "
+                "that divide them; quantize in groups of 64 or 128, or use --target ort-cpu or ort-cuda"
             )
-        elif kind != "int4" and group < columns:
-            problem = f"it has groups of {group} columns, and TensorRT's {kind.upper()} has one scale a row"
         if kind == "fp8" and self.device is not None:
             self.device.require_precision("fp8")
         if problem:
