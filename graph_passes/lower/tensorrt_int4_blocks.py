@@ -170,7 +170,7 @@ class Int4Blocks(FusionPass):
         return self._twice[x]
 
     def _group_sums(self, node: ir.Node, x: ir.Value, groups: int, size: int, *, twice: bool) -> ir.Value:
-        """The sums of ``x`` over each group's channels [.., G], or those beside themselves, for all readers of ``x``."""
+        """The sums of ``x`` over each group's channels, [.., G] or, beside themselves, [.., 2 G]; once for all."""
         assert x.shape is not None and x.name is not None
         key = (x, groups, twice)
         if key not in self._sums:
