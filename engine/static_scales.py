@@ -119,22 +119,25 @@ class ScalesOutcome:
 
 
 def require_scales(checkpoint: Checkpoint, request: ScalesRequest) -> None:
-    """Refuse a budget or a text where there is nothing to judge.
+    """Refuse arguments about static scales where there are none, or none to judge.
 
     Raises:
         UserError: ``checkpoint`` brings no static scales, or they are not to be applied.
     """
+    found = checkpoint.quantized
+    brings = found is not None and (found.format.activation is not None or found.format.cache is not None)
+    if not request.apply and not brings:
+        raise UserError(
+            f"--static-scales ignore is for checkpoints with such scales, and {checkpoint.folder} has none."
+        )
     given = [("--budget", request.budget), ("--heldout-data", request.heldout_data)]
     option = next((name for name, value in given if value is not None), None)
-    if option is None:
-        return
-    found = checkpoint.quantized
-    if found is None or (found.format.activation is None and found.format.cache is None):
+    if option is not None and not brings:
         raise UserError(
             f"{option} goes with --quantize RECIPE, or with static scales of activations or caches in the checkpoint, "
             f"and {checkpoint.folder} has none; leave it out."
         )
-    if checkpoint.is_widened or not request.apply:
+    if option is not None and (checkpoint.is_widened or not request.apply):
         raise UserError(f"{option} judges the checkpoint's static scales, which are not to be applied; leave it out.")
 
 
