@@ -126,7 +126,8 @@ def test_the_bundle_computes_what_torch_does_with_the_same_scales(
     # And the scales must have done something that this can see.
     assert np.linalg.norm(ours - expected) <= 0.2 * np.linalg.norm(ours - unquantized)
     if target == "ort-cpu":
-        assert _operators(report.bundle).count("MatMulIntegerToFloat") == 18
+        # q, k and v in one; o; gate and up in one; down: in each of three layers.
+        assert _operators(report.bundle).count("MatMulIntegerToFloat") == 12
 
 
 def test_scales_that_miss_the_budget_leave_no_bundle_and_name_the_way_out(tmp_path: Path) -> None:
@@ -181,8 +182,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tiny-qwen2",
             "tensorrt",
             "FLOAT16",
-            {"device": "a100-80gb", "attention": "plugin"},
-            [r"fp8 caches .* a100-80gb has no FP8 arithmetic"],
+            {"device": "a100", "attention": "plugin"},
+            [r"fp8 caches .* a100 has no FP8 arithmetic"],
         ),
         ("compressed-w8a8-static", "tiny-qwen2", "ort-cpu", "FLOAT16", None, ["int8 activations .* --dtype fp32"]),
         ("compressed-w8a8-static", "tiny-qwen2-moe", "ort-cpu", "FLOAT", None, ["tokens of experts in 3 layers"]),
@@ -224,7 +225,11 @@ def test_dequantize_leaves_activations_and_caches_as_they_are(folder: Path) -> N
     [
         ("gptq-int4-group128", ScalesRequest(budget="kl=1"), "--budget goes with --quantize RECIPE, or with static"),
         ("gptq-int4-group128", ScalesRequest(heldout_data=Path("x")), "--heldout-data goes with --quantize RECIPE"),
-        ("gptq-int4-group128", ScalesRequest(apply=False), "no static scales to ignore"),
+        (
+            "gptq-int4-group128",
+            ScalesRequest(apply=False),
+            "ignore is for checkpoints with such scales, and",
+        ),
         ("modelopt-fp8", ScalesRequest(apply=False, budget="kl=1"), "--budget judges the checkpoint's static scales"),
     ],
 )
