@@ -213,7 +213,7 @@ def export_checkpoint(
             prompts = verification_prompts(tokenizer, source.config.vocab_size, length // 2)
             return verify(source, path, _DTYPES[chosen], prompts, max_length=length, progress=clock.steps_done)
 
-        report = quantized = outcome = scaled = scaled_outcome = record = None
+        report = quantized = outcome = scaled = scaled_outcome = stored_record = None
         usable = UsableScales(None)
         unquantized_bytes = 0
         if quantization is None or work is None:
@@ -227,7 +227,7 @@ def export_checkpoint(
                 choice=choice,
             )
             if source.quantized is not None and not source.is_widened:
-                record = checkpoint_record(portable, usable.plan)
+                stored_record = checkpoint_record(portable, usable.plan)
             if usable.plan is not None:
                 folder = TemporaryDirectory(prefix=f".{Path(output).name}.", dir=Path(output).absolute().parent)
                 scaled = ScaledExport(
@@ -303,7 +303,7 @@ def export_checkpoint(
             clock.start("measure accuracy")
             applied = scaled.applied(build())
             scaled_outcome = scaled.judge(writer.directory / MODEL_NAME, applied, {})
-            record = judged_record(record, scaled_outcome) if record is not None else None
+            stored_record = judged_record(stored_record, scaled_outcome) if stored_record is not None else None
         elif verify_result:
             report = verified(writer.directory / MODEL_NAME)
         clock.start("finish")
@@ -318,8 +318,9 @@ def export_checkpoint(
             facts = facts.model_copy(update={"ort_cuda": _ort_cuda(choice, final)})
         if graphs is not None:
             facts = facts.model_copy(update={"prefill": graphs.record, "session_options": SESSION_OPTIONS})
-        if outcome is not None or record is not None:
-            facts = facts.model_copy(update={"quantization": outcome.record() if outcome is not None else record})
+        recorded = outcome.record() if outcome is not None else stored_record
+        if recorded is not None:
+            facts = facts.model_copy(update={"quantization": recorded})
         if tensorrt is not None:
             record = _lowering(tensorrt, final)
             facts = facts.model_copy(update={"lowering": record, "weight_inputs": weight_inputs})

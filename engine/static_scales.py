@@ -10,7 +10,7 @@ another layer or means something else is as wrong as a wrong weight.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -183,7 +183,7 @@ def usable_scales(
     return UsableScales(usable, tuple(left_out))
 
 
-def _all_of(activations: list[str], caches: list[str]) -> str:
+def _all_of(activations: Sequence[str], caches: Sequence[str]) -> str:
     parts = [f"{kind} activations" for kind in activations] + [f"{kind} caches" for kind in caches]
     return " and ".join(parts)
 
