@@ -126,8 +126,8 @@ def test_the_bundle_computes_what_torch_does_with_the_same_scales(
     # And the scales must have done something that this can see.
     assert np.linalg.norm(ours - expected) <= 0.2 * np.linalg.norm(ours - unquantized)
     if target == "ort-cpu":
-        # q, k and v in one; o; gate and up in one; down: in each of three layers.
-        assert _operators(report.bundle).count("MatMulIntegerToFloat") == 12
+        operators = _operators(report.bundle)  # all products but that by the tied embedding are of integers
+        assert "MatMulIntegerToFloat" in operators and not {"MatMul", "MatMulNBits"} & set(operators)
 
 
 def test_scales_that_miss_the_budget_leave_no_bundle_and_name_the_way_out(tmp_path: Path) -> None:
