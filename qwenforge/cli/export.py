@@ -130,7 +130,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "quantization",
         "The result is compared with the unquantized model on text that it was not calibrated on; beyond its budget it "
-        "is not written.",
+        "is not written. --budget and --heldout-data are also for the static scales of a quantized checkpoint.",
     )
     group.add_argument(
         "--quantize",
