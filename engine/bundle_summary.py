@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from qwenforge.engine.units import size, thousands
-from qwenforge.manifest import EngineRecord, LoweringRecord, Manifest, OrtCudaRecord, QuantizationRecord
+from qwenforge.manifest import (
+    CHECKPOINT_RECIPE,
+    EngineRecord,
+    LoweringRecord,
+    Manifest,
+    OrtCudaRecord,
+    QuantizationRecord,
+)
 
 
 def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -54,17 +63,27 @@ def _lowering(record: LoweringRecord) -> list[tuple[str, str]]:
 
 
 def _quantization(record: QuantizationRecord) -> list[tuple[str, str]]:
-    """How a model was quantized and what that cost."""
+    """How a model is quantized and what that cost."""
     sites = ", ".join(
         f"{group.sites} {group.weight}" + (f" in groups of {group.group_size}" if group.group_size else "")
         for group in record.sites
     )
+    inputs: Counter[str] = Counter()
+    for group in record.sites:
+        inputs[group.activation or "as the model's"] += group.sites
+    rows = [
+        ("recipe", "the checkpoint's own" if record.recipe == CHECKPOINT_RECIPE else record.recipe),
+        ("sites", sites),
+        ("their inputs", ", ".join(f"{count} {kind}" for kind, count in inputs.most_common())),
+        ("cache", record.cache or "as the model's"),
+    ]
+    if record.recipe != CHECKPOINT_RECIPE:
+        rows.append(("calibrated on", record.calibrated_on or "no text"))
+    if record.judged_on is None:
+        return rows
     accuracy, budget = record.accuracy, record.budget
     return [
-        ("recipe", record.recipe),
-        ("sites", sites),
-        ("cache", record.cache or "as the model's"),
-        ("calibrated on", record.calibrated_on or "no text"),
+        *rows,
         ("judged on", record.judged_on),
         ("mean KL", f"{accuracy['mean_kl']:.3g} nats (budget {budget['kl']:g})"),
         ("perplexity", f"{accuracy['perplexity_ratio']:.4f} times the unquantized (budget {budget['ppl']:g})"),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx_ir as ir
@@ -24,6 +25,16 @@ from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, lower_quantized, sa
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.quantization_request import QuantizationRequest, require_device, require_target
 from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
+from qwenforge.engine.static_scales import (
+    ScaledExport,
+    ScalesOutcome,
+    ScalesRequest,
+    UsableScales,
+    checkpoint_record,
+    judged_record,
+    require_scales,
+    usable_scales,
+)
 from qwenforge.engine.verification import VerificationReport, verify
 from qwenforge.errors import UnsupportedError, UserError
 from qwenforge.exporter.checkpoint import Checkpoint
@@ -88,6 +99,8 @@ class ExportReport:
         lowering: what a TensorRT graph was lowered for; None for other targets.
         ort_cuda: what an ort-cuda graph is made of; None for other targets.
         quantization: how it was quantized and what that cost; None where it was not.
+        static_scales: what a quantized checkpoint's scales of activations and caches did; None where none are applied.
+        scales_left_out: what of them is not applied, and why, a sentence each.
     """
 
     bundle: Path
@@ -102,6 +115,8 @@ class ExportReport:
     lowering: LoweringRecord | None = None
     ort_cuda: OrtCudaRecord | None = None
     quantization: QuantizationOutcome | None = None
+    static_scales: ScalesOutcome | None = None
+    scales_left_out: tuple[str, ...] = ()
 
 
 def export_checkpoint(
@@ -118,6 +133,7 @@ def export_checkpoint(
     choice: LoweringChoice | None = None,
     dequantize: bool = False,
     quantization: QuantizationRequest | None = None,
+    static_scales: ScalesRequest | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export ``checkpoint`` to the bundle folder ``output``.
@@ -136,6 +152,8 @@ def export_checkpoint(
         choice: how to lower for a GPU (``lowering_choice.choose``); by default what that makes of ``target`` alone.
         dequantize: store the weights of a checkpoint that is quantized already in ``dtype``.
         quantization: how to quantize, and what the result is held to; None leaves weights in ``dtype``.
+        static_scales: what becomes of a quantized checkpoint's scales of activations and caches; by default they are
+            applied where the target can use them.
         progress: told what is going on.
 
     Raises:
@@ -152,6 +170,8 @@ def export_checkpoint(
         raise UserError(f"--dequantize is for quantized checkpoints, and {source.folder} is none; leave it out.")
     # What is widened is rounded once, as a whole, like any other weight.
     source = source.widened() if dequantize else source.with_scales_in(_DTYPES[chosen])
+    scales = static_scales or ScalesRequest()
+    require_scales(source, scales)
     length = _context_length(source, max_length, DEFAULT_MAX_LENGTH if tensorrt is None else TENSORRT_MAX_LENGTH)
     if tensorrt is not None and max_batch is None:
         max_batch = TENSORRT_MAX_BATCH
@@ -193,10 +213,36 @@ def export_checkpoint(
             prompts = verification_prompts(tokenizer, source.config.vocab_size, length // 2)
             return verify(source, path, _DTYPES[chosen], prompts, max_length=length, progress=clock.steps_done)
 
-        report = quantized = outcome = None
+        report = quantized = outcome = scaled = scaled_outcome = stored_record = None
+        usable = UsableScales(None)
         unquantized_bytes = 0
         if quantization is None or work is None:
             portable = build()
+            usable = usable_scales(
+                source,
+                portable,
+                scales,
+                target=target,
+                dtype=_DTYPES[chosen],
+                choice=choice,
+            )
+            if source.quantized is not None and not source.is_widened:
+                stored_record = checkpoint_record(portable, usable.plan)
+            if usable.plan is not None:
+                folder = TemporaryDirectory(prefix=f".{Path(output).name}.", dir=Path(output).absolute().parent)
+                scaled = ScaledExport(
+                    source,
+                    usable.plan,
+                    scales,
+                    dtype=_DTYPES[chosen],
+                    max_length=length,
+                    folder=Path(stack.enter_context(folder)),
+                    progress=clock.tell,
+                )
+                clock.start("write weights alone")
+                alone = scaled.save_weights_alone(portable)
+                report = verified(alone) if verify_result else None
+                portable = scaled.applied(build())
         else:
             quantized = QuantizedExport(
                 quantization,
@@ -253,13 +299,18 @@ def export_checkpoint(
             )
             refuse_beyond_budget(outcome, Path(output))
             writer.add_text(ACCURACY_PAGE, accuracy_page(outcome))
+        elif scaled is not None:
+            clock.start("measure accuracy")
+            applied = scaled.applied(build())
+            scaled_outcome = scaled.judge(writer.directory / MODEL_NAME, applied, {})
+            stored_record = judged_record(stored_record, scaled_outcome) if stored_record is not None else None
         elif verify_result:
             report = verified(writer.directory / MODEL_NAME)
         clock.start("finish")
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)
         writer.add_json(GENERATION_CONFIG, _generation_config(source))
-        _add_accuracy(writer, chosen, report, outcome)
+        _add_accuracy(writer, chosen, report, outcome, scaled_outcome, usable.left_out)
         facts = bundle_facts(
             source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report
         )
@@ -267,8 +318,9 @@ def export_checkpoint(
             facts = facts.model_copy(update={"ort_cuda": _ort_cuda(choice, final)})
         if graphs is not None:
             facts = facts.model_copy(update={"prefill": graphs.record, "session_options": SESSION_OPTIONS})
-        if outcome is not None:
-            facts = facts.model_copy(update={"quantization": outcome.record()})
+        recorded = outcome.record() if outcome is not None else stored_record
+        if recorded is not None:
+            facts = facts.model_copy(update={"quantization": recorded})
         if tensorrt is not None:
             record = _lowering(tensorrt, final)
             facts = facts.model_copy(update={"lowering": record, "weight_inputs": weight_inputs})
@@ -289,6 +341,8 @@ def export_checkpoint(
         lowering=facts.lowering,
         ort_cuda=facts.ort_cuda,
         quantization=outcome,
+        static_scales=scaled_outcome,
+        scales_left_out=usable.left_out,
     )
 
 
@@ -401,9 +455,18 @@ def _drop_unused_links(folder: Path, linked_bytes: int, links: object) -> None:
 
 
 def _add_accuracy(
-    writer: BundleWriter, dtype: str, report: VerificationReport | None, outcome: QuantizationOutcome | None
+    writer: BundleWriter,
+    dtype: str,
+    report: VerificationReport | None,
+    outcome: QuantizationOutcome | None,
+    scaled: ScalesOutcome | None,
+    left_out: Sequence[str],
 ) -> None:
-    quantization = {} if outcome is None else {"quantization": outcome.to_json()}
+    quantization: dict[str, Any] = {} if outcome is None else {"quantization": outcome.to_json()}
+    if scaled is not None:
+        quantization["static_scales"] = scaled.to_json()
+    if left_out:
+        quantization["static_scales_left_out"] = list(left_out)
     if report is None:
         writer.add_accuracy({"verified": False, **quantization})
         return

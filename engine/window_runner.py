@@ -22,7 +22,7 @@ from qwenforge.engine.executor import MAPPED_WEIGHTS, open_session, run_session
 from qwenforge.engine.free_memory import give_back_freed_memory
 from qwenforge.engine.weight_inputs import attach_weight_inputs
 from qwenforge.exporter.external_data import save_model
-from qwenforge.graph_passes.execution import half_types, upcast_to_float32
+from qwenforge.graph_passes.execution import half_types, upcast_to_float32, widen_float8_caches
 from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
 from qwenforge.graph_passes.segments import split_by_layer
 
@@ -132,6 +132,7 @@ class WindowRunner:
         expand_target_nodes(model)
         if upcast:
             upcast_to_float32(model, cast_weights_in_graph=True)
+        widen_float8_caches(model)
         return cls(model, path.parent, whole=whole, streamed=False, options=options)
 
     @classmethod
@@ -139,6 +140,7 @@ class WindowRunner:
         """``model`` in pieces and in fp32 arithmetic, its lazy weights streamed to ``folder``; it is changed."""
         if half_types(model):
             upcast_to_float32(model)
+        widen_float8_caches(model)
         return cls(model, folder, whole=False)
 
     @classmethod

@@ -152,6 +152,37 @@ def upcast_to_float32(model: ir.Model, *, cast_weights_in_graph: bool = False) -
                 node.attributes[name] = _upcast_attribute(attribute)
 
 
+def widen_float8_caches(model: ir.Model) -> None:
+    """Let the caches of E4M3 that ``model`` takes and gives be fp16 numbers of the same values, which NumPy can hold.
+
+    The casts stand beside the attention, so that a piece of the model has its own.
+    """
+    graph = model.graph
+    for value in graph.inputs:
+        if value.dtype != ir.DataType.FLOAT8E4M3FN:
+            continue
+        value.type = ir.TensorType(ir.DataType.FLOAT16)
+        for user, index in tuple(value.uses()):
+            codes = _cast_for(user, value, ir.DataType.FLOAT8E4M3FN, f"{value.name}.float8")
+            graph.insert_before(user, codes)
+            user.replace_input_with(index, codes.outputs[0])
+    for index, value in enumerate(graph.outputs):
+        producer = value.producer()
+        if value.dtype != ir.DataType.FLOAT8E4M3FN or producer is None:
+            continue
+        name, value.name = value.name, f"{value.name}.float8"
+        numbers = _cast_for(producer, value, ir.DataType.FLOAT16, str(name))
+        graph.insert_after(producer, numbers)
+        graph.outputs[index] = numbers.outputs[0]
+
+
+def _cast_for(node: ir.Node, value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    """A new Cast of ``value`` to a value ``name``, named after ``node`` and so of the same layer."""
+    cast = ir.node("Cast", [value], {"to": to}, name=f"{node.name}.{name}.cast")
+    cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = name, value.shape, ir.TensorType(to)
+    return cast
+
+
 def _cast_initializers(graph: ir.Graph) -> None:
     casts = []
     for value in graph.initializers.values():

@@ -32,6 +32,8 @@ LAYER_BEFORE = "layer_before.json"
 ENGINE_WEIGHTS = "weights.safetensors"
 README = "README.md"
 POLYGRAPHY_NETWORK = "polygraphy_network.py"
+CHECKPOINT_RECIPE = "checkpoint"
+"""``recipe`` of a model that its checkpoint quantizes, not its export."""
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 
 RESERVED_NAMES = frozenset(
@@ -179,19 +181,22 @@ class QuantizedSites(_Part):
 
 
 class QuantizationRecord(_Part):
-    """How a model was quantized by its export, and how far it is from the unquantized one.
+    """How a model is quantized, by its export or by its checkpoint, and how far it is from the unquantized one.
 
-    ``recipe`` is the recipe's name; ``sites`` counts what was done to how many places; ``cache`` is the format of the
-    key/value cache, None for the model's own. ``calibrated_on`` and ``judged_on`` name the texts. ``budget`` are the
-    limits it was held to and ``accuracy`` what was measured: ``mean_kl`` and ``p99_kl`` (nats), ``perplexity_ratio``
-    and ``top1_agreement`` against the unquantized model. ``accuracy.json`` and ``accuracy.html`` have it all.
+    ``recipe`` is the recipe's name, ``checkpoint`` where the checkpoint was quantized already; ``sites`` counts what
+    was done to how many places; ``cache`` is the format of the key/value cache, None for the model's own.
+    ``calibrated_on`` and ``judged_on`` name the texts. ``budget`` are the limits it was held to and ``accuracy`` what
+    was measured: ``mean_kl`` and ``p99_kl`` (nats), ``perplexity_ratio`` and ``top1_agreement`` against the unquantized
+    model. ``accuracy.json`` and ``accuracy.html`` have it all. Of a quantized checkpoint the weights are the model, and
+    what its static scales of activations and caches change is measured; without them ``judged_on`` is None and nothing
+    is.
     """
 
     recipe: Annotated[str, Field(min_length=1, max_length=200)]
     sites: tuple[QuantizedSites, ...]
     cache: Word | None
     calibrated_on: str | None
-    judged_on: str
+    judged_on: str | None
     budget: dict[str, float]
     accuracy: dict[str, float]
 

@@ -37,9 +37,9 @@ def lowering_rules(
         UnsupportedError: there is no lowering for ``target``.
     """
     if target == "portable":
-        from qwenforge.graph_passes.lower.explicit_quantization import ExplicitDequantize
+        from qwenforge.graph_passes.lower.explicit_quantization import ExplicitDequantize, ExplicitExperts
 
-        return [ExplicitDequantize()]
+        return [ExplicitDequantize(), ExplicitExperts()]
     if target == "ort-cpu":
         from qwenforge.graph_passes.lower.ort_cpu import ort_cpu_rules
 

@@ -11,6 +11,7 @@ from qwenforge.graph_passes.infra import FusionPass
 from qwenforge.graph_passes.lower.explicit_quantization import TensorRTDequantize
 from qwenforge.graph_passes.lower.ort_cpu import FoldTableCasts
 from qwenforge.graph_passes.lower.tensorrt_attention import NativeAttention, PluginAttention
+from qwenforge.graph_passes.lower.tensorrt_int4_blocks import Int4Blocks
 from qwenforge.graph_passes.lower.tensorrt_moe import NativeExperts, PluginExperts
 from qwenforge.graph_passes.lower.tensorrt_opset import ExpandRMSNorm, ExpandSwish, LowerOpset
 from qwenforge.graph_passes.lower.tensorrt_signature import StaticCapacity
@@ -25,7 +26,7 @@ def tensorrt_rules(choice: TensorRTChoice, *, capacity: int | None = None) -> li
     if choice.attention == "native":
         rules.append(NativeAttention())
     rules.append(PluginAttention())  # after the native rule: what that leaves (a sliding window)
-    rules += [TensorRTDequantize(choice.device), ExpandSwish()]
+    rules += [Int4Blocks(), TensorRTDequantize(choice.device), ExpandSwish()]
     if not choice.modern_parser:
         rules += [ExpandRMSNorm(), LowerOpset()]
     if capacity is not None:

@@ -157,10 +157,14 @@ def _quantized(
         problem = (
             "their tokens are FP8 and their weights are not; quantize both to fp8"
             if tokens
-            else "their weights are FP8 and their tokens are not; calibrate for fp8, or quantize the experts to int8"
+            else "their weights are FP8 and their tokens are not, and it multiplies FP8 by FP8 alone; calibrate for "
+            "fp8, take a checkpoint with static input scales, quantize the experts to int8"
         )
     if problem is not None:
-        raise UnsupportedError(f"the plugin cannot compute the experts of node {node.name}: {problem}.")
+        other = "portable" if "fp8" in {found.format for found in (first, second) if found is not None} else "ort-cpu"
+        raise UnsupportedError(
+            f"the plugin cannot compute the experts of node {node.name}: {problem}, or use --target {other}."
+        )
     if not tokens:
         return routed, None
     scales = constant_value(node.inputs[4])

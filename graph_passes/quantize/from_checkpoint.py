@@ -15,9 +15,7 @@ from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.graph_passes.infra import static_dim
 from qwenforge.graph_passes.quantize.plan import CachePlan, QuantizationPlan, SitePlan
 from qwenforge.graph_passes.quantize.sites import CacheSite, Sites, find_sites
-
-RECIPE = "checkpoint"
-"""The plan's recipe: that of whoever made the checkpoint."""
+from qwenforge.manifest import CHECKPOINT_RECIPE
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
@@ -52,7 +50,7 @@ def plan_from_checkpoint(checkpoint: Checkpoint, model: ir.Model) -> Quantizatio
     if found.format.cache is not None:
         caches, scaled = _caches(checkpoint, sites)
         tensors |= scaled
-    return QuantizationPlan(RECIPE, choices, caches, (), tensors)
+    return QuantizationPlan(CHECKPOINT_RECIPE, choices, caches, (), tensors)
 
 
 class _Scales:

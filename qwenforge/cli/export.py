@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwenforge.engine.accuracy_report import QuantizationOutcome
     from qwenforge.engine.export import ExportReport
     from qwenforge.engine.quantization_request import QuantizationRequest
+    from qwenforge.engine.static_scales import ScalesOutcome, ScalesRequest
     from qwenforge.manifest import LoweringRecord, OrtCudaRecord
 
 
@@ -75,6 +76,13 @@ class ExportCommand(Command):
             action="store_true",
             help="store the weights of a checkpoint that is quantized already (GPTQ, AWQ, FP8...) in --dtype",
         )
+        parser.add_argument(
+            "--static-scales",
+            choices=("apply", "ignore"),
+            default="apply",
+            help="of a quantized checkpoint that brings static scales for activations or caches: quantize both by them "
+            "where the target can (default), or leave both in --dtype",
+        )
         add_lowering_choice(parser)
         _add_quantization(parser)
         add_json(parser)
@@ -91,6 +99,7 @@ class ExportCommand(Command):
             "choice": lowering_choice(args),
             "dequantize": args.dequantize,
             "quantization": _quantization(args),
+            "static_scales": _static_scales(args),
         }
         try:
             report = _export_with_progress(args, options)
@@ -99,6 +108,8 @@ class ExportCommand(Command):
             raise
         for warning in report.quantization.warnings if report.quantization is not None else ():
             print(f"qwenforge: warning: {warning}", file=sys.stderr)
+        for sentence in report.scales_left_out:
+            print(f"qwenforge: {sentence}", file=sys.stderr)
         if args.json:
             print(json.dumps(_as_json(report), indent=1))
         else:
@@ -119,7 +130,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "quantization",
         "The result is compared with the unquantized model on text that it was not calibrated on; beyond its budget it "
-        "is not written.",
+        "is not written. --budget and --heldout-data are also for the static scales of a quantized checkpoint.",
     )
     group.add_argument(
         "--quantize",
@@ -172,10 +183,8 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
 _NEEDS_RECIPE = (
     "calibration_data",
     "calibration_rows",
-    "heldout_data",
     "override",
     "cache",
-    "budget",
     "optimize",
     "work_folder",
 )
@@ -206,6 +215,23 @@ def _quantization(args: argparse.Namespace) -> QuantizationRequest | None:
         optimize=args.optimize or "latency",
         work_folder=args.work_folder,
     )
+
+
+def _static_scales(args: argparse.Namespace) -> ScalesRequest | None:
+    """What the arguments say of a quantized checkpoint's static scales; None with ``--quantize``.
+
+    Raises:
+        UserError: they are asked for beside ``--quantize``.
+    """
+    if args.quantize is not None:
+        if args.static_scales == "ignore":
+            raise UserError(
+                "--static-scales is for checkpoints that are quantized already; leave it or --quantize out."
+            )
+        return None
+    from qwenforge.engine.static_scales import ScalesRequest
+
+    return ScalesRequest(apply=args.static_scales == "apply", budget=args.budget, heldout_data=args.heldout_data)
 
 
 def _export_with_progress(args: argparse.Namespace, options: dict[str, Any]) -> ExportReport:
@@ -239,6 +265,8 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "lowering": report.lowering.model_dump() if report.lowering is not None else None,
         "ort_cuda": report.ort_cuda.model_dump() if report.ort_cuda is not None else None,
         "quantization": report.quantization.to_json() if report.quantization is not None else None,
+        "static_scales": report.static_scales.to_json() if report.static_scales is not None else None,
+        "static_scales_left_out": list(report.scales_left_out),
         "nodes": report.nodes,
         "data_bytes": report.data_bytes,
         "linked_bytes": report.linked_bytes,
@@ -291,6 +319,17 @@ def _print_quantization(console: Console, outcome: QuantizationOutcome) -> None:
     )
 
 
+def _print_static_scales(console: Console, outcome: ScalesOutcome) -> None:
+    figures, budget = outcome.run.distributions, outcome.budget
+    console.print(
+        f"applied the checkpoint's static scales, {outcome.applied}; against the weights alone, on {figures.positions} "
+        f"tokens of {outcome.run.source}, mean KL {figures.mean_kl:.2g} (budget {budget.kl:g}), perplexity x "
+        f"{figures.perplexity_ratio:.4f} ({budget.ppl:g}), best token agrees at {figures.top1_agreement:.1%} "
+        f"({budget.top1:.1%})",
+        markup=False,
+    )
+
+
 def _print_frontier(console: Console, outcome: QuantizationOutcome) -> None:
     """The choices that ``--auto`` weighed, smallest first."""
     from rich import box
@@ -336,6 +375,8 @@ def _print(report: ExportReport) -> None:
         console.print(_ort_cuda(report.ort_cuda), markup=False)
     if report.quantization is not None:
         _print_quantization(console, report.quantization)
+    if report.static_scales is not None:
+        _print_static_scales(console, report.static_scales)
     verification = report.verification
     if verification is None:
         console.print("not verified (--no-verify)")

@@ -43,10 +43,15 @@ SCHEMES = {
     "FP8 cache": {"weight": "fp8", "activation": "fp8", "cache": "fp8"},
 }
 DTYPES = {"fp16": (ir.DataType.FLOAT16, "float16"), "bf16": (ir.DataType.BFLOAT16, "bfloat16")}
+BLOCKS = {
+    "INT4 zero points": {"weight": "uint4", "group_size": 128},
+    "INT8 by 64": {"weight": "int8", "group_size": 64},
+}
+"""Integers that TensorRT has no form for, as INT4 blocks and sums over groups; the plugin's experts have none."""
 CASES = [("rtx", scheme, dtype) for scheme in SCHEMES if "cache" not in scheme for dtype in DTYPES]
 CASES += [("plugin", scheme, "fp16") for scheme in SCHEMES]
 CASES += [("opset 20", scheme, "fp16") for scheme in SCHEMES if "FP8" not in scheme]
-_HEAD = f"{'graph':<10}{'lowering':<10}{'type':<6}{'quantized':<14}{'Q':>5}{'DQ':>5}{'plugins':>8}{'engine MB':>11}"
+_HEAD = f"{'graph':<10}{'lowering':<10}{'type':<6}{'quantized':<18}{'Q':>5}{'DQ':>5}{'plugins':>8}{'engine MB':>11}"
 
 
 @functools.cache
@@ -78,11 +83,16 @@ def _build(model: LoweredFile) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize(("how", "scheme", "dtype"), CASES)
-@pytest.mark.parametrize("name", MODELS)
+BUILDS = [(name, *case) for name in MODELS for case in CASES]
+BUILDS += [("dense", "rtx", scheme, dtype) for scheme in BLOCKS for dtype in DTYPES]
+BUILDS += [("dense", "opset 20", scheme, "fp16") for scheme in BLOCKS]
+
+
+@pytest.mark.parametrize(("name", "how", "scheme", "dtype"), BUILDS)
 def test_quantized_model_is_built(name: str, how: str, scheme: str, dtype: str, folder: Path) -> None:
     checkpoint, source = _checkpoint(folder, name)
-    plan = make_plan(source, Scheme(**SCHEMES[scheme], dtype=DTYPES[dtype][1]))  # type: ignore[arg-type]
+    settings = (SCHEMES | BLOCKS)[scheme]
+    plan = make_plan(source, Scheme(**settings, dtype=DTYPES[dtype][1]))  # type: ignore[arg-type]
     place = folder / f"{name}-{how}-{scheme}-{dtype}".replace(" ", "-")
     model = _lowerings(checkpoint, dtype).write(place, lowering(how), weight_inputs=False, plan=plan)
     report = _build(model)
@@ -94,6 +104,6 @@ def test_quantized_model_is_built(name: str, how: str, scheme: str, dtype: str, 
     assert report["kinds"].get("PLUGIN_V3", 0) == plugins
     table = TABLES.setdefault("quantized engines built by TensorRT for RTX", [_HEAD])
     table.append(
-        f"{name:<10}{how:<10}{dtype:<6}{scheme:<14}{operators.count('QuantizeLinear'):>5}"
+        f"{name:<10}{how:<10}{dtype:<6}{scheme:<18}{operators.count('QuantizeLinear'):>5}"
         f"{operators.count('DequantizeLinear'):>5}{plugins:>8}{report['engine_bytes'] / 1e6:>11.2f}"
     )

@@ -44,6 +44,28 @@ def reference_weights(folder: Path, *, exact: bool = False) -> Tensors:
     }
 
 
+def reference_model(example: Path, folder: Path) -> Any:
+    """transformers' model with the values that the quantized checkpoint's own software computes in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(example, dtype=torch.float32).eval()
+    values = {name: tensor.float() for name, tensor in reference_weights(folder, exact=True).items()}
+    state = model.state_dict()
+    for name, parameter in state.items():
+        if name in values:
+            parameter.copy_(values[name])
+        elif name.endswith(".experts.gate_up_proj"):
+            stem = name.removesuffix(".gate_up_proj")
+            for index, expert in enumerate(parameter):
+                parts = [values[f"{stem}.{index}.{part}.weight"] for part in ("gate_proj", "up_proj")]
+                expert.copy_(torch.cat(parts))
+        elif name.endswith(".experts.down_proj"):
+            stem = name.removesuffix(".down_proj")
+            for index, expert in enumerate(parameter):
+                expert.copy_(values[f"{stem}.{index}.down_proj.weight"])
+    return model
+
+
 def _gptq(parts: Tensors, config: Mapping[str, Any]) -> torch.Tensor:
     """AutoGPTQ: scales[g] * (code - zero[g]) in the scales' dtype, zero = stored + 1 in the first version."""
     bits = config["bits"]

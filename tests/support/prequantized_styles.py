@@ -24,12 +24,14 @@ def _integer(bits: int, strategy: str, group_size: int | None = None, *, symmetr
 
 STYLES: dict[str, Callable[[], Style]] = {
     "gptq-int4-group128": lambda: gptq(bits=4, group_size=128),
+    "gptq-int4-group64": lambda: gptq(bits=4, group_size=64),
     "gptq-int4-group32-v2": lambda: gptq(bits=4, group_size=32, version="gptq_v2"),
     "gptq-int4-asymmetric": lambda: gptq(bits=4, group_size=64, symmetric=False),
     "gptq-int4-asymmetric-v2": lambda: gptq(bits=4, group_size=64, symmetric=False, version="gptq_v2"),
     "gptq-int4-whole-row": lambda: gptq(bits=4, group_size=-1),
     "gptq-int8-group128": lambda: gptq(bits=8, group_size=128),
     "gptq-int8-asymmetric": lambda: gptq(bits=8, group_size=128, symmetric=False),
+    "gptq-int8-whole-row": lambda: gptq(bits=8, group_size=-1),
     "awq-group128": lambda: awq(group_size=128),
     "awq-group32": lambda: awq(group_size=32),
     "compressed-fp8-channel-dynamic": lambda: compressed_tensors("float-quantized", _float8("channel"), _TOKEN_FP8),

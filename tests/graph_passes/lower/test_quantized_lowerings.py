@@ -157,8 +157,8 @@ def test_weights_and_scales_are_stored_once_for_each_matrix() -> None:
     ("name", "scheme", "how", "message"),
     [
         ("dense", Scheme("int4", 32), "rtx", "blocks are of 64 or 128"),
-        ("dense", Scheme("uint4", 64), "rtx", "symmetric; quantize to int4 or int8"),
-        ("dense", Scheme("int8", 64), "rtx", "INT8 has one scale a row"),
+        ("dense", Scheme("uint4", 32), "rtx", "32 of 128 columns, with zero points.*use --target ort-cpu or ort-cuda"),
+        ("dense", Scheme("int8", 32), "rtx", "32 of 128 columns, and.*use --target ort-cpu or ort-cuda"),
         ("dense", Scheme("fp8", activation="fp8"), "opset 20", "no FP8 arithmetic"),
         ("dense", Scheme("fp8"), "ort-cuda", "is FP8"),
         ("dense", Scheme("int8", cache="int8"), "ort-cuda, native", "use --attention plugin"),

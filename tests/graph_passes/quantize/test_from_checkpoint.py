@@ -18,7 +18,7 @@ from qwenforge.graph_passes.quantize.from_checkpoint import plan_from_checkpoint
 from qwenforge.graph_passes.quantize.plan import QuantizationPlan
 from support.cached_decoder import CachedDecoder, random_tokens
 from support.prequantized_checkpoints import write_quantized
-from support.prequantized_reference import reference_weights
+from support.prequantized_reference import reference_model
 from support.prequantized_styles import STYLES
 from support.quantized_reference import fake_quantized
 from support.tolerances import FLOAT32_MODEL, QUANTIZED_MODEL
@@ -34,29 +34,6 @@ def _portable(checkpoint: Checkpoint) -> ir.Model:
 
 def _logits(model: ir.Model) -> np.ndarray[Any, Any]:
     return CachedDecoder(model).step([TOKENS])[0]
-
-
-def _torch_model(example: Path, folder: Path) -> Any:
-    """transformers' model with the values that the quantized checkpoint's own software computes in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(example, dtype=torch.float32).eval()
-    values = {name: tensor.float() for name, tensor in reference_weights(folder, exact=True).items()}
-    state = model.state_dict()
-    for name, parameter in state.items():
-        if name in values:
-            parameter.copy_(values[name])
-        elif name.endswith(".experts.gate_up_proj"):
-            stem = name.removesuffix(".gate_up_proj")
-            for index, expert in enumerate(parameter):
-                parts = [values[f"{stem}.{index}.{part}.weight"] for part in ("gate_proj", "up_proj")]
-                expert.copy_(torch.cat(parts))
-        elif name.endswith(".experts.down_proj"):
-            stem = name.removesuffix(".down_proj")
-            for index, expert in enumerate(parameter):
-                expert.copy_(values[f"{stem}.{index}.down_proj.weight"])
-    return model
 
 
 def _stored(folder: Path) -> dict[str, Any]:
@@ -126,7 +103,7 @@ def test_the_graph_computes_what_torch_does_with_the_same_scales(style: str, exa
     folder = write_quantized(EXAMPLES / example, tmp_path / "q", STYLES[style]())
     checkpoint = Checkpoint.open(folder)
     model = _portable(checkpoint)
-    source = _torch_model(EXAMPLES / example, folder)
+    source = reference_model(EXAMPLES / example, folder)
     import torch
 
     with torch.no_grad():
