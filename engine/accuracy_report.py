@@ -52,9 +52,8 @@ class QuantizationOutcome:
 
     @property
     def missed(self) -> list[str]:
-        """What is beyond the budget, each as half a sentence; of the worse one where there are several graphs."""
-        found = [missed for figures in self.run.graphs.values() if (missed := self.budget.missed(figures))]
-        return max(found, key=len, default=[])
+        """What is beyond the budget, each as half a sentence; of several graphs, each limit by the worst."""
+        return self.budget.missed(*self.run.graphs.values())
 
     def refusal(self, report: str) -> str:
         """Why no bundle is written, in one sentence with the three worst layers; ``report`` says where more is."""
