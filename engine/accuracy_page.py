@@ -1,14 +1,14 @@
-"""The accuracy report as one page that needs nothing else, no network, no script; the refusal that points to it."""
+"""The accuracy report as one page that needs nothing else, no network, no script."""
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from qwenforge.calibration.accuracy import DistributionAccuracy
 from qwenforge.calibration.budget import Budget
@@ -23,9 +23,9 @@ from qwenforge.engine.accuracy_plots import (
 from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.accuracy_run import AccuracyRun
 from qwenforge.engine.units import decibels, size, thousands
-from qwenforge.errors import AccuracyError
-from qwenforge.text_file import replace_text
 
+PAGE_MARK = '<meta name="generator" content="qwenforge accuracy report">'
+"""What tells a page of ours from a file of somebody else."""
 _TEMPLATE = "accuracy.html.jinja"
 
 
@@ -88,6 +88,7 @@ def accuracy_page(outcome: QuantizationOutcome) -> str:
     )
     environment.filters.update(thousands=thousands, size=size, decibels=decibels)
     return environment.get_template(_TEMPLATE).render(
+        mark=Markup(PAGE_MARK),
         outcome=outcome,
         record=outcome.record(),
         figures=outcome.run.distributions,
@@ -200,18 +201,3 @@ def _plots(outcome: QuantizationOutcome) -> list[Plot]:
             )
         )
     return plots
-
-
-def refuse_beyond_budget(outcome: QuantizationOutcome, output: Path) -> None:
-    """Raise AccuracyError when ``outcome`` misses its budget, its report written beside ``output``.
-
-    The report is ``OUTPUT.accuracy.html`` and ``OUTPUT.accuracy.json``; each appears whole or not at all and replaces
-    that of an earlier export.
-    """
-    if not outcome.missed:
-        return
-    page = output.with_name(f"{output.name}.accuracy.html")
-    figures = json.dumps(outcome.to_json(), indent=1, allow_nan=False) + "\n"
-    for path, text in ((page.with_suffix(".json"), figures), (page, accuracy_page(outcome))):
-        replace_text(path, text, advice="; choose another path for the bundle")
-    raise AccuracyError(outcome.refusal(str(page)))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from qwenforge.calibration.accuracy import HISTOGRAM_EDGES, LayerAccuracy
 from qwenforge.calibration.sensitivity import Frontier
-from qwenforge.engine.units import quantity, size
+from qwenforge.engine.units import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +130,7 @@ def coverage_plot(coverage: Mapping[str, Sequence[int]], floor: int) -> str:
         axes.set_xscale("log")
         axes.set_xlim(_NEVER / 1.6, 10 ** math.ceil(math.log10(max(most, floor, 1)) + 0.05))
         powers = range(math.ceil(math.log10(max(most, floor, 1))) + 1)
-        axes.set_xticks([_NEVER, *(10**power for power in powers)], ["0", *(quantity(10**power) for power in powers)])
+        axes.set_xticks([_NEVER, *(10**power for power in powers)], ["0", *(_power_of_ten(power) for power in powers)])
         axes.minorticks_off()
         axes.set_yticks(range(len(coverage)), [site.split(".")[2] for site in coverage], fontsize=9 if few else 7)
         axes.set_ylim(len(coverage) - 0.4, -0.6)
@@ -139,6 +139,11 @@ def coverage_plot(coverage: Mapping[str, Sequence[int]], floor: int) -> str:
         axes.set_ylabel("layer")
         figure.legend(loc="outside upper right", **_LEGEND)
         return _svg(figure)
+
+
+def _power_of_ten(power: int) -> str:
+    """``1000``, ``10k``, ``1M``."""
+    return str(10**power) if power < 4 else f"{10 ** (power - 3)}k" if power < 6 else f"{10 ** (power - 6)}M"
 
 
 def _number_experts(axes: Axes, row: int, values: Floats, below: npt.NDArray[np.bool_]) -> None:

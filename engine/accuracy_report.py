@@ -60,11 +60,13 @@ class QuantizationOutcome:
         worst = ", ".join(_described(layer) for layer in self.run.worst())
         pattern = f"{self.run.worst(1)[0].name}.*=keep"
         found = self.run
+        warned = f" and {len(self.warnings)} warning{'s' * (len(self.warnings) > 1)}" if self.warnings else ""
+        doubt = f" (first of all: {self.warnings[0]})" if self.warnings else ""
         return (
             f"recipe {self.recipe.name} misses its budget on {found.windows} windows of {found.source}: "
             f"{'; '.join(self.missed)}; the worst layers are {worst}; no bundle was written, {report} has the whole "
-            f"report; leave layers in higher precision (--override '{pattern}', or --auto), choose another recipe, or "
-            "allow more with --budget"
+            f"report{warned}{doubt}; leave layers in higher precision (--override '{pattern}', or --auto), choose "
+            "another recipe, or allow more with --budget"
         )
 
     def record(self) -> QuantizationRecord:

@@ -17,13 +17,15 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.bundle_writer import BundleWriter
-from qwenforge.engine.accuracy_page import accuracy_page, refuse_beyond_budget
+from qwenforge.engine.accuracy_page import accuracy_page
 from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
 from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.quantization_request import QuantizationRequest, require_device, require_target
 from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
+from qwenforge.engine.refusal_report import refuse_beyond_budget, require_place_for_report, withdraw_refusal
+from qwenforge.engine.session_choice import session_choice
 from qwenforge.engine.verification import VerificationReport, verify
 from qwenforge.errors import UnsupportedError, UserError
 from qwenforge.exporter.checkpoint import Checkpoint
@@ -172,6 +174,7 @@ def export_checkpoint(
         if choice is not None and choice.device is not None:
             require_device(quantization.recipe, choice.device)
         require_target(quantization.recipe, target, choice)
+        require_place_for_report(Path(output))
     with ExitStack() as stack:
         # Outermost, so that whatever goes wrong inside leaves calibration's state to be taken up again.
         work = None if quantization is None else stack.enter_context(kept_work_folder(quantization, Path(output)))
@@ -276,6 +279,7 @@ def export_checkpoint(
             if needs_plugins(record):
                 writer.add_text(POLYGRAPHY_NETWORK, POLYGRAPHY_SCRIPT)
         bundle = writer.commit(facts, known_sha256={file.path.name: file.sha256 for file in written})
+    withdraw_refusal(Path(output))
     return ExportReport(
         bundle=bundle,
         target=target,
@@ -475,7 +479,7 @@ def bundle_facts(
         ),
         verification=_verification(dtype, report),
         tool_versions=_tool_versions(),
-        session_options={"session.disable_prepacking": "1"} if weights == "link" else {},
+        session_options=session_choice(model, weights),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         bos_token_id=generation.get("bos_token_id"),
         pad_token_id=generation.get("pad_token_id"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,14 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
+from qwenforge.calibration import fluency
 from qwenforge.calibration.calibrate import CalibrationResult, calibrate
 from qwenforge.calibration.data import ROW_LENGTH, ROWS, CalibrationData, load_calibration_data
 from qwenforge.calibration.heldout import HeldOutText, load_heldout
 from qwenforge.calibration.progress import Progress as CalibrationProgress
 from qwenforge.calibration.recipes import Recipe
 from qwenforge.calibration.sensitivity import Frontier, Level, levels_of, milder_recipe, mixed_plan, overrides_of
+from qwenforge.calibration.tokenizer_match import tokenizer_doubts
 from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.accuracy_run import measure
 from qwenforge.engine.auto_search import search_choice
@@ -128,7 +131,7 @@ class QuantizedExport:
         )
         result = self._calibrate(request.recipe, data)
         self._result = result
-        self._warnings = (*(data.warnings if data is not None else ()), *result.warnings)
+        self._warnings = (*self._tokenizer_doubts(), *result.warnings)
         self._plan, self._text = result.plan, text
         if request.auto:
             self._search(text)
@@ -164,6 +167,13 @@ class QuantizedExport:
                 work_folder=Path(pieces),
                 progress=self._progress,
             )
+        doubts = fluency.judge(
+            math.log(run.distributions.reference_perplexity),
+            self._text.windows,
+            self._source.config.vocab_size,
+            self._text.source,
+            require_prediction=False,
+        )
         return QuantizationOutcome(
             model=self._source.folder.resolve().name,
             target=target,
@@ -176,7 +186,7 @@ class QuantizedExport:
             quantized_bytes=quantized_bytes,
             calibrated_on=self._calibrated_on,
             coverage={each.site: each.tokens for each in self._result.coverage},
-            warnings=self._warnings,
+            warnings=(*doubts, *self._warnings),
             frontier=self._frontier,
         )
 
@@ -190,6 +200,14 @@ class QuantizedExport:
             vocab_size=self._source.config.vocab_size,
             rows=request.calibration_rows or ROWS,
             row_length=min(ROW_LENGTH, self._max_length),
+        )
+
+    def _tokenizer_doubts(self) -> list[str]:
+        source = self._source
+        ends = source.generation_config.get("eos_token_id")
+        given = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return tokenizer_doubts(
+            source.tokenizer_files, source.config.vocab_size, {*source.config.eos_token_ids, *map(int, given)}
         )
 
     def _calibrate(self, recipe: Recipe, data: CalibrationData | None) -> CalibrationResult:
