@@ -210,6 +210,7 @@ def export_checkpoint(
                 work_folder=work,
                 progress=clock.tell,
             )
+            quantized.read_texts()
             clock.start("write unquantized")
             unquantized_bytes = quantized.save_unquantized()
             report = verified(quantized.unquantized) if verify_result else None

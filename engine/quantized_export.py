@@ -1,6 +1,6 @@
 """The part of an export that quantizes: from the fused graph to a quantized portable one, and the gate behind it.
 
-unquantized portable model on disk -> verified -> calibrated -> plan applied -> (lowered and written) -> judged
+texts -> unquantized portable model on disk -> verified -> calibrated -> plan applied -> (lowered, written) -> judged
 
 The unquantized model lies in the work folder, because it is read three times: by the comparison with transformers, by
 calibration and by the gate. The folder goes with a successful export; after a failure or an interruption it stays, and
@@ -79,9 +79,9 @@ class QuantizedExport:
         self._progress = progress
         self._recipe = request.recipe
         self._warnings: tuple[str, ...] = ()
-        self._calibrated_on: str | None = None
         self._frontier: Frontier | None = None
         self._plan: QuantizationPlan
+        self._data: CalibrationData | None
         self._text: HeldOutText
         self._result: CalibrationResult
 
@@ -112,29 +112,35 @@ class QuantizedExport:
         stamp.write_text(json.dumps({"made_of": made_of, "bytes": size}) + "\n", encoding="utf-8")
         return size
 
+    def read_texts(self) -> None:
+        """Read the text to calibrate on and the text to judge by: what is wrong with them is told before hours of work.
+
+        Raises:
+            UserError: a text is unusable.
+        """
+        request, source = self.request, self._source
+        self._data = data = self._calibration_data()
+        self._text = load_heldout(
+            request.heldout_data,
+            source.tokenizer_files,
+            vocab_size=source.config.vocab_size,
+            max_length=self._max_length,
+            calibration=data.tokens if data is not None else None,
+        )
+
     def calibrated(self) -> ir.Model:
         """The quantized portable model: calibrated, taking up what an earlier run left, and with ``--auto`` searched.
 
         Raises:
-            UserError: a text is unusable, or no choice holds the budget.
+            UserError: the model makes nothing of the text, or no choice holds the budget.
         """
         request = self.request
-        data = self._calibration_data()
-        self._calibrated_on = data.source if data is not None else None
-        # Before hours of calibration, not after.
-        text = load_heldout(
-            request.heldout_data,
-            self._source.tokenizer_files,
-            vocab_size=self._source.config.vocab_size,
-            max_length=self._max_length,
-            calibration=data.tokens if data is not None else None,
-        )
-        result = self._calibrate(request.recipe, data)
+        result = self._calibrate(request.recipe, self._data)
         self._result = result
         self._warnings = (*self._tokenizer_doubts(), *result.warnings)
-        self._plan, self._text = result.plan, text
+        self._plan = result.plan
         if request.auto:
-            self._search(text)
+            self._search(self._text)
         return self._quantized(self._plan)
 
     def judge(
@@ -184,7 +190,7 @@ class QuantizedExport:
             budget=self.request.budget,
             unquantized_bytes=unquantized_bytes,
             quantized_bytes=quantized_bytes,
-            calibrated_on=self._calibrated_on,
+            calibrated_on=self._data.source if self._data is not None else None,
             coverage={each.site: each.tokens for each in self._result.coverage},
             warnings=(*doubts, *self._warnings),
             frontier=self._frontier,

@@ -15,7 +15,7 @@ from qwenforge.exporter.checkpoint import Checkpoint
 from support.source_tree import ROOT
 
 NAMES = ("tiny-qwen2", "tiny-qwen2-moe")
-END = "<|endoftext|>"
+END = "<|im_end|>"
 
 
 def files_of(name: str) -> dict[str, Path]:
@@ -45,21 +45,21 @@ def test_own_tokenizer_raises_no_doubt(name: str) -> None:
 
 
 def test_padded_vocabulary_raises_no_doubt() -> None:
-    assert tokenizer_doubts(files_of("tiny-qwen2"), 2048 + 128, [0]) == []
+    assert tokenizer_doubts(files_of("tiny-qwen2"), 2048 + 128, [2047]) == []
 
 
 def test_tokens_that_the_model_lacks_are_told() -> None:
-    (doubt,) = tokenizer_doubts(files_of("tiny-qwen2"), 1024, [0])
+    (doubt,) = tokenizer_doubts(files_of("tiny-qwen2"), 1024, [2047])
     assert doubt.startswith("the tokenizer has 2048 tokens up to number 2047, the model 1024")
 
 
 def test_tokenizer_for_a_part_of_the_vocabulary_is_told() -> None:
-    (doubt,) = tokenizer_doubts(files_of("tiny-qwen2"), 151936, [0])
+    (doubt,) = tokenizer_doubts(files_of("tiny-qwen2"), 151936, [2047])
     assert doubt.startswith("the tokenizer has 2048 tokens, the model 151936")
 
 
 def test_missing_special_token_is_told(tmp_path: Path) -> None:
-    doubts = tokenizer_doubts(changed(tmp_path, without_end), 2048, [0])
+    doubts = tokenizer_doubts(changed(tmp_path, without_end), 2048, [2047])
     assert any(f"does not know '{END}'" in doubt and "eos_token" in doubt for doubt in doubts)
 
 
