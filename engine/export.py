@@ -168,6 +168,10 @@ def export_checkpoint(
             f"{source.folder} holds {source.quantized.format.summary} weights already; leave --quantize out, or give "
             "the unquantized checkpoint."
         )
+    if tensorrt is not None and tensorrt.weights_as == "inputs":
+        _require_weight_inputs(
+            source, quantized=quantization is not None or (source.quantized is not None and not source.is_widened)
+        )
     if quantization is not None:
         import matplotlib  # noqa: F401  (the report's plots need it: missing, it is missed now and not after hours)
 
@@ -295,6 +299,19 @@ def export_checkpoint(
         ort_cuda=facts.ort_cuda,
         quantization=outcome,
     )
+
+
+def _require_weight_inputs(source: Checkpoint, *, quantized: bool) -> None:
+    """Refuse weights as inputs where next to none could be one.
+
+    Raises:
+        UnsupportedError: the model is ``quantized`` and has no experts.
+    """
+    if quantized and not source.config.num_experts:
+        raise UnsupportedError(
+            "--weights-as inputs is for weights in 16 bits and for packed experts: TensorRT wants the codes of "
+            "quantized products when it builds, and this model has nothing else to quantize; leave --weights-as out."
+        )
 
 
 def _lowering(choice: TensorRTChoice, model: ir.Model) -> LoweringRecord:

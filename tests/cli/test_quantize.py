@@ -74,8 +74,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return err.removeprefix("qwenforge: error: ")
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-qwen2-moe"])
-@pytest.mark.parametrize("recipe", ["int8-weight-only", "int4-weight-only"])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("tiny-qwen2", "int4-weight-only"), ("tiny-qwen2-moe", "int8-weight-only")]
+)
 def test_quantized_bundle_is_written_and_generates_text(
     name: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

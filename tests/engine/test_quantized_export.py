@@ -25,6 +25,7 @@ from qwenforge.engine.quantization_request import quantization_request, require_
 from qwenforge.errors import AccuracyError, BundleError, UnsupportedError, UserError
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.graph_passes.quantize.plan import QuantizationPlan
+from qwenforge.lowering_choice import choose
 from support.rtn_plan import scale_wrongly
 from support.source_tree import ROOT
 from support.tolerances import QUANTIZED_MODEL
@@ -129,9 +130,15 @@ def drawn(picture: ElementTree.Element) -> str:
     return " ".join("".join(element.itertext()) for element in picture.iter("{http://www.w3.org/2000/svg}text"))
 
 
-def test_export_within_its_budget_records_what_was_measured(tmp_path: Path) -> None:
-    report = quantized(tmp_path / "bundle")
-    bundle = Bundle.open(tmp_path / "bundle", verify="full")
+@pytest.fixture(scope="module")
+def int8_report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """The dense checkpoint at int8, not to be changed; its bundle is alone in its folder."""
+    return quantized(tmp_path_factory.mktemp("int8") / "bundle")
+
+
+def test_export_within_its_budget_records_what_was_measured(int8_report: ExportReport) -> None:
+    report = int8_report
+    bundle = Bundle.open(report.bundle, verify="full")
     record = bundle.manifest.quantization
     assert record is not None and report.quantization is not None
     assert record.recipe == "int8-weight-only" and record.calibrated_on is None
@@ -143,14 +150,14 @@ def test_export_within_its_budget_records_what_was_measured(tmp_path: Path) -> N
     assert [layer["name"] for layer in said["layers"]] == [f"model.layers.{index}" for index in range(3)]
     assert all(35 < layer["own_sqnr_db"] < 60 and layer["own_cosine"] > 0.999 for layer in said["layers"])
     assert said["bytes"]["quantized"] < 0.6 * said["bytes"]["unquantized"]
-    assert listed(tmp_path) == ["bundle"]  # the work folder is gone
+    assert listed(report.bundle.parent) == ["bundle"]  # the work folder is gone
 
 
-def test_unquantized_side_of_the_comparison_is_the_checkpoint_in_transformers(tmp_path: Path) -> None:
+def test_unquantized_side_of_the_comparison_is_the_checkpoint_in_transformers(int8_report: ExportReport) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    report = quantized(tmp_path / "bundle")
+    report = int8_report
     assert report.quantization is not None
     source = Checkpoint.open(CHECKPOINTS / "tiny-qwen2")
     text = load_heldout(None, source.tokenizer_files, vocab_size=2048, max_length=2048)
@@ -164,8 +171,15 @@ def test_unquantized_side_of_the_comparison_is_the_checkpoint_in_transformers(tm
     assert report.quantization.run.distributions.reference_perplexity == pytest.approx(expected, rel=1e-5)
 
 
-def test_page_in_the_bundle_is_whole_and_has_its_plots(tmp_path: Path) -> None:
-    report = quantized(tmp_path / "bundle", "int8-w8a8", "tiny-qwen2-moe", calibration_rows=4)
+@pytest.fixture(scope="module")
+def sparse_report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """The checkpoint with experts at int8-w8a8, not to be changed."""
+    folder = tmp_path_factory.mktemp("sparse")
+    return quantized(folder / "bundle", "int8-w8a8", "tiny-qwen2-moe", calibration_rows=4)
+
+
+def test_page_in_the_bundle_is_whole_and_has_its_plots(sparse_report: ExportReport) -> None:
+    report = sparse_report
     page = read_page((report.bundle / "accuracy.html").read_text())
     assert "Within its budget" in page.text and "int8-w8a8" in page.text
     pictures = {title: svg(source) for title, source in page.images.items()}
@@ -205,18 +219,12 @@ def test_one_layer_with_wrong_scales_is_refused_and_named_first(
     assert listed(tmp_path) == ["bundle"]
 
 
-@pytest.mark.parametrize("quantize", [True, False])
-def test_report_of_an_earlier_refusal_goes_with_the_next_success_and_no_other_file(
-    tmp_path: Path, quantize: bool
-) -> None:
+def test_report_of_an_earlier_refusal_goes_with_the_next_success_and_no_other_file(tmp_path: Path) -> None:
     with pytest.raises(AccuracyError):
         quantized(tmp_path / "bundle", budget="top1=1", work_folder=tmp_path / "work")
     (tmp_path / "bundle.accuracy.txt").write_text("somebody's")
     (tmp_path / "other.accuracy.json").write_text("{}")
-    if quantize:
-        quantized(tmp_path / "bundle", work_folder=tmp_path / "work")
-    else:
-        export_checkpoint(CHECKPOINTS / "tiny-qwen2", tmp_path / "bundle", verify_result=False)
+    export_checkpoint(CHECKPOINTS / "tiny-qwen2", tmp_path / "bundle", verify_result=False)
     assert listed(tmp_path) == ["bundle", "bundle.accuracy.txt", "other.accuracy.json", "work"]
 
 
@@ -297,12 +305,41 @@ def test_portable_bundle_with_an_8_bit_cache_is_judged_and_not_run(tmp_path: Pat
         load(report.bundle)
 
 
-def test_both_graphs_of_an_ort_cpu_bundle_are_judged(tmp_path: Path) -> None:
-    report = quantized(tmp_path / "bundle", "int4-weight-only", calibration_rows=4)
+def test_both_graphs_of_an_ort_cpu_bundle_are_judged(sparse_report: ExportReport) -> None:
+    report = sparse_report
     assert report.quantization is not None
     graphs = report.quantization.run.graphs
     assert list(graphs) == ["model.onnx", "prefill.onnx"]
     assert report.quantization.run.distributions.mean_kl == max(each.mean_kl for each in graphs.values())
+
+
+def test_quantized_products_cannot_be_inputs_of_an_engine(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"--weights-as inputs is for weights in 16 bits and for packed experts"):
+        export_checkpoint(
+            CHECKPOINTS / "tiny-qwen2",
+            tmp_path / "bundle",
+            target="tensorrt",
+            choice=choose("tensorrt", device="h100", weights_as="inputs"),
+            quantization=quantization_request("int8-weight-only"),
+        )
+    assert listed(tmp_path) == []
+
+
+def test_quantized_experts_are_inputs_of_an_engine_and_judged_as_such(tmp_path: Path) -> None:
+    report = export_checkpoint(
+        CHECKPOINTS / "tiny-qwen2-moe",
+        tmp_path / "bundle",
+        target="tensorrt",
+        choice=choose("tensorrt", device="h100", weights_as="inputs"),
+        verify_result=False,
+        quantization=quantization_request("int8-weight-only"),
+    )
+    inputs = {spec.name: spec.dtype for spec in Bundle.open(report.bundle).manifest.weight_inputs}
+    for layer in range(3):
+        for matrix in ("gate_up_proj", "down_proj"):
+            assert inputs[f"model.layers.{layer}.mlp.experts.{matrix}.packed"] == "int8"
+    assert not any("self_attn" in name for name in inputs)  # codes stay, TensorRT wants them when it builds
+    assert report.quantization is not None and 0 < report.quantization.run.distributions.mean_kl < 0.005
 
 
 def test_linked_weights_cannot_be_quantized(tmp_path: Path) -> None:
