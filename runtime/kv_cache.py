@@ -60,10 +60,9 @@ class KeyValueCache:
         self.capacity = capacity
         self.dtype = dtype
         place = memory or HostMemory()
-        self._buffers: dict[str, CacheBuffer] = {
-            t.past_name: place.cache_buffer((batch, t.num_key_value_heads, capacity, t.head_size), dtype)
-            for t in tensors
-        }
+        shapes = [(batch, tensor.num_key_value_heads, capacity, tensor.head_size) for tensor in tensors]
+        buffers = place.cache_buffers(shapes, dtype)
+        self._buffers = {tensor.past_name: buffer for tensor, buffer in zip(tensors, buffers, strict=True)}
 
     @property
     def buffers(self) -> Mapping[str, NDArray[np.floating]]:

@@ -12,13 +12,19 @@ the same, so that everything about it but the GPU can be run on a machine withou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenforge.runtime import huge_pages
+
 CPU = "cpu"
 CUDA = "cuda"
+
+CacheShape = tuple[int, int, int, int]
+"""[B, Hk, M, D]."""
 
 
 class StepTensor(Protocol):
@@ -63,20 +69,23 @@ class Memory(Protocol):
     def step_tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StepTensor:
         """A tensor of one step; its ``array`` is filled with zeros, a device's memory not before the first upload."""
 
-    def cache_buffer(self, shape: tuple[int, int, int, int], dtype: np.dtype[Any]) -> CacheBuffer:
-        """A zero-filled cache tensor [B, Hk, M, D]."""
+    def cache_buffers(self, shapes: Sequence[CacheShape], dtype: np.dtype[Any]) -> list[CacheBuffer]:
+        """Zero-filled cache tensors."""
 
 
 class HostMemory:
-    """NumPy arrays; the operating system commits a page when it is first written."""
+    """NumPy arrays; the operating system commits a (huge) page when it is first written."""
 
     def step_tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> StepTensor:
         """See :class:`Memory`."""
         return _HostTensor(shape, dtype)
 
-    def cache_buffer(self, shape: tuple[int, int, int, int], dtype: np.dtype[Any]) -> CacheBuffer:
+    def cache_buffers(self, shapes: Sequence[CacheShape], dtype: np.dtype[Any]) -> list[CacheBuffer]:
         """See :class:`Memory`."""
-        return _HostCache(shape, dtype)
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        # Together: one tensor of a small model is less than a huge page.
+        parts = np.split(huge_pages.zeros(sum(sizes)), np.cumsum(sizes)[:-1])
+        return [_HostCache(part.view(dtype).reshape(shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _HostTensor:
@@ -99,9 +108,9 @@ class _HostTensor:
 class _HostCache:
     device, device_index = CPU, 0
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: np.dtype[Any]) -> None:
-        self._array: NDArray[Any] = np.zeros(shape, dtype)
-        self.row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+        self.row_bytes = math.prod(array.shape[1:]) * array.itemsize
 
     @property
     def address(self) -> int:
@@ -137,9 +146,9 @@ class DeviceMemory:
         """See :class:`Memory`."""
         return _DeviceTensor(shape, dtype, self._device, self._device_index)
 
-    def cache_buffer(self, shape: tuple[int, int, int, int], dtype: np.dtype[Any]) -> CacheBuffer:
+    def cache_buffers(self, shapes: Sequence[CacheShape], dtype: np.dtype[Any]) -> list[CacheBuffer]:
         """See :class:`Memory`."""
-        return _DeviceCache(shape, dtype, self._device, self._device_index, self._copier)
+        return [_DeviceCache(shape, dtype, self._device, self._device_index, self._copier) for shape in shapes]
 
 
 class _DeviceTensor:
@@ -164,7 +173,7 @@ class _DeviceCache:
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int],
+        shape: CacheShape,
         dtype: np.dtype[Any],
         device: str,
         device_index: int,

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from qwenforge import names
 from qwenforge.errors import BundleError, UserError
+from qwenforge.runtime import huge_pages
 from qwenforge.runtime.backends import Backend, cpu_backend
 from qwenforge.runtime.cache_pool import CachePool
 from qwenforge.runtime.kv_cache import CacheTensor, KeyValueCache
@@ -102,9 +103,10 @@ class GraphSession:
                 options.add_session_config_entry(key, value)
             if self.backend.library is not None:
                 options.register_custom_ops_library(str(self.backend.library))
-            self._session = onnxruntime.InferenceSession(
-                str(self.model_path), options, providers=self.backend.providers
-            )
+            with huge_pages.collapsing_new_memory():
+                self._session = onnxruntime.InferenceSession(
+                    str(self.model_path), options, providers=self.backend.providers
+                )
         # ONNX Runtime's errors have no common base below Exception; the cause stays chained.
         except Exception as error:
             raise BundleError(

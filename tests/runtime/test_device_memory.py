@@ -190,7 +190,7 @@ def _write(buffer: Any, values: np.ndarray[Any, Any]) -> None:
 @pytest.mark.parametrize("memory", [HostMemory(), DeviceMemory(CPU, 0, [CPU_PROVIDER])], ids=["host", "device"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_rows_of_a_cache_are_copied_whole(memory: Any, dtype: Any) -> None:
-    buffer = memory.cache_buffer((3, 2, 5, 4), np.dtype(dtype))
+    (buffer,) = memory.cache_buffers([(3, 2, 5, 4)], np.dtype(dtype))
     assert buffer.row_bytes == 2 * 5 * 4 * np.dtype(dtype).itemsize
     before = buffer.read()
     assert before.shape == (3, 2, 5, 4) and before.dtype == dtype and not before.any()
