@@ -59,7 +59,7 @@ def bundle_facts(
         ),
         verification=_verification(dtype, report),
         tool_versions=_tool_versions(),
-        session_options=session_choice(model, weights),
+        session_options=session_choice(target, model, weights),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         bos_token_id=generation.get("bos_token_id"),
         pad_token_id=generation.get("pad_token_id"),

@@ -20,11 +20,11 @@ forty times slower. As written, weights are dequantized when the session is made
 """
 
 
-def session_choice(model: ir.Model, weights: str) -> dict[str, str]:
-    """The configuration for ``model``, as lowered, with its ``weights`` copied or linked."""
+def session_choice(target: str, model: ir.Model, weights: str) -> dict[str, str]:
+    """The configuration for ``model``, as lowered for ``target``, with its ``weights`` copied or linked."""
     chosen: dict[str, str] = {}
     if weights == "link":
         chosen |= MAPPED_WEIGHTS
-    if any(node.op_type == "DequantizeLinear" for node in model.graph):
+    if target == "portable" and any(node.op_type == "DequantizeLinear" for node in model.graph):
         chosen |= AS_WRITTEN
     return chosen
