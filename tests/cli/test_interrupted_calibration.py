@@ -12,7 +12,7 @@ from support.command_line import Finished, command, finish, qwenforge
 from support.source_tree import ROOT
 
 CHECKPOINT = ROOT / "examples/checkpoints/tiny-qwen2"
-ROWS = "32"
+ROWS = "48"
 """Enough that the layers take seconds, and a signal comes between two of them."""
 
 
