@@ -13,7 +13,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from qwenforge.bundle_writer import BundleWriter
-from qwenforge.engine.export import bundle_facts
+from qwenforge.engine.bundle_facts import bundle_facts
 from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, Optimize, lower_quantized, save_graphs
 from qwenforge.exporter import weights
 from qwenforge.exporter.block_codes import rounded

@@ -38,6 +38,15 @@ RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
 _KEEP, _RECIPE = "keep", "recipe"
 _FORMATS: tuple[Format, ...] = ("int8", "int4", "fp8")
 _DEFAULT_INT4_GROUP = 128
+_KEPT_NAMES: dict[str, str] = {
+    "qkv": "query, key and value projections are",
+    "attention_output": "attention's output projections are",
+    "mlp_input": "gate and up projections are",
+    "mlp_output": "down projections are",
+    "router": "routers are",
+    "shared_gate": "shared experts' gates are",
+    "vocabulary": "the vocabulary projection is",
+}
 
 
 class _Part(BaseModel):
@@ -144,7 +153,7 @@ class Recipe(_Part):
         chosen = next((override for override in reversed(self.overrides) if override.matches(site)), None)
         if chosen is None:
             if role in self.kept_roles:
-                return SitePlan(weight=None, reason=f"{role.replace('_', ' ')}s are kept in high precision by default")
+                return SitePlan(weight=None, reason=f"{_KEPT_NAMES[role]} kept in high precision by default")
             return self._general()
         if chosen.action == _KEEP:
             return SitePlan(weight=None, reason=f"override {chosen}")

@@ -52,20 +52,21 @@ class QuantizationOutcome:
 
     @property
     def missed(self) -> list[str]:
-        """What is beyond the budget, each as half a sentence; of the worse one where there are several graphs."""
-        found = [missed for figures in self.run.graphs.values() if (missed := self.budget.missed(figures))]
-        return max(found, key=len, default=[])
+        """What is beyond the budget, each as half a sentence; of several graphs, each limit by the worst."""
+        return self.budget.missed(*self.run.graphs.values())
 
     def refusal(self, report: str) -> str:
         """Why no bundle is written, in one sentence with the three worst layers; ``report`` says where more is."""
         worst = ", ".join(_described(layer) for layer in self.run.worst())
         pattern = f"{self.run.worst(1)[0].name}.*=keep"
         found = self.run
+        warned = f" and {len(self.warnings)} warning{'s' * (len(self.warnings) > 1)}" if self.warnings else ""
+        doubt = f" (first of all: {self.warnings[0]})" if self.warnings else ""
         return (
             f"recipe {self.recipe.name} misses its budget on {found.windows} windows of {found.source}: "
             f"{'; '.join(self.missed)}; the worst layers are {worst}; no bundle was written, {report} has the whole "
-            f"report; leave layers in higher precision (--override '{pattern}', or --auto), choose another recipe, or "
-            "allow more with --budget"
+            f"report{warned}{doubt}; leave layers in higher precision (--override '{pattern}', or --auto), choose "
+            "another recipe, or allow more with --budget"
         )
 
     def record(self) -> QuantizationRecord:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.engine.free_memory import give_back_freed_memory
+from qwenforge.engine.session_choice import AS_WRITTEN, MAPPED_WEIGHTS
 from qwenforge.engine.weight_inputs import attach_weight_inputs
 from qwenforge.graph_passes.execution import upcast_to_float32
 from qwenforge.graph_passes.lower.reference_bodies import expand_target_nodes
@@ -24,11 +24,7 @@ from qwenforge.graph_passes.segments import split_by_layer
 
 Array = npt.NDArray[np.generic]
 
-MAPPED_WEIGHTS: Mapping[str, str] = MappingProxyType({"session.disable_prepacking": "1"})
-"""Session configuration with which weights stay mapped from the data file: prepacking copies them into memory.
-
-Not for a quantized graph, whose kernels compute in another way, and very slowly, without prepacking.
-"""
+_FP8 = "tensor(float8e4m3fn)"
 
 
 class StepExecutor:
@@ -119,11 +115,8 @@ def open_session(path: Path, options: Mapping[str, str] = MAPPED_WEIGHTS) -> Any
 
     session_options = onnxruntime.SessionOptions()
     session_options.log_severity_level = 3
-    # Q/DQ as it is written: fused, some products would round activations to INT8, and products of INT8 by INT8 would
-    # take forty times as long.
-    session_options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Spinning threads would take the processor from the reference, which runs in turns with this.
-    for name, value in {"session.intra_op.allow_spinning": "0", **options}.items():
+    for name, value in {"session.intra_op.allow_spinning": "0", **AS_WRITTEN, **options}.items():
         session_options.add_session_config_entry(name, value)
     session_options.enable_cpu_mem_arena = False
     session_options.enable_mem_pattern = False
@@ -132,6 +125,28 @@ def open_session(path: Path, options: Mapping[str, str] = MAPPED_WEIGHTS) -> Any
 
 def run_session(session: Any, values: Mapping[str, Array]) -> dict[str, Array]:
     """Every output of ``session`` by name; ``values`` may hold more than its inputs."""
-    feeds = {item.name: values[item.name] for item in session.get_inputs()}
-    outputs = [item.name for item in session.get_outputs()]
-    return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    feeds = {item.name: values[item.name] for item in inputs}
+    names_of_outputs = [item.name for item in outputs]
+    if all(item.type != _FP8 for item in inputs):
+        return dict(zip(names_of_outputs, session.run(names_of_outputs, feeds), strict=True))
+    bound = {name: _ort_value(array) for name, array in feeds.items()}
+    found = session.run_with_ort_values(names_of_outputs, bound)
+    return {item.name: _array(value, item.type) for item, value in zip(outputs, found, strict=True)}
+
+
+def _ort_value(array: Array) -> Any:
+    """``array`` for ONNX Runtime, which takes FP8 from bytes alone."""
+    import ml_dtypes
+    import onnxruntime
+
+    if array.dtype != ml_dtypes.float8_e4m3fn:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), ir.DataType.FLOAT8E4M3FN.value)
+
+
+def _array(value: Any, kind: str) -> Array:
+    import ml_dtypes
+
+    array: Array = value.numpy()
+    return array.view(ml_dtypes.float8_e4m3fn) if kind == _FP8 else array

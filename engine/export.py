@@ -6,8 +6,7 @@ read -> trace one layer of each kind -> fuse -> copy to full depth -> lower -> s
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +17,16 @@ import onnx_ir as ir
 
 from qwenforge import names
 from qwenforge.bundle_writer import BundleWriter
-from qwenforge.engine.accuracy_page import accuracy_page, refuse_beyond_budget
+from qwenforge.engine.accuracy_page import accuracy_page
 from qwenforge.engine.accuracy_report import QuantizationOutcome
+from qwenforge.engine.bundle_facts import bundle_facts, generation_config, reference_name, tensor_spec
 from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
 from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.quantization_request import QuantizationRequest, require_device, require_target
 from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
+from qwenforge.engine.refusal_report import refuse_beyond_budget, require_place_for_report, withdraw_refusal
+from qwenforge.engine.stage_clock import Progress, StageClock
 from qwenforge.engine.static_scales import (
     ScaledExport,
     ScalesOutcome,
@@ -57,29 +59,19 @@ from qwenforge.manifest import (
     PREFILL_NAME,
     README,
     TOKENIZER,
-    BundleFacts,
-    Geometry,
     Limits,
     LoweringRecord,
     OrtCudaRecord,
-    Source,
-    TensorSpec,
-    Verification,
 )
 from qwenforge.ort_cuda_choice import OrtCudaChoice
-from qwenforge.packages import installed_version
 from qwenforge.reference_logits import ReferenceLogits
 from qwenforge.targets import resolve_dtype
 from qwenforge.tensorrt_choice import TensorRTChoice, needs_plugins
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction of it that is done, 0..1."""
 
 DEFAULT_MAX_LENGTH = 32768
 """Longest context of a bundle unless asked otherwise; the model's own limit when that is shorter."""
 TENSORRT_MAX_BATCH = 8
 """The largest batch of a TensorRT engine's profiles unless asked otherwise."""
-_TOOLS = ("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "transformers")
 _DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
@@ -160,7 +152,7 @@ def export_checkpoint(
         UserError: the checkpoint is damaged or unsupported, the output is not replaceable, or the result is wrong
             or misses its budget.
     """
-    clock = _Clock(progress)
+    clock = StageClock(progress)
     source = Checkpoint.open(Path(checkpoint))
     if choice is None:
         choice = choose(target)
@@ -186,12 +178,17 @@ def export_checkpoint(
             f"{source.folder} holds {source.quantized.format.summary} weights already; leave --quantize out, or give "
             "the unquantized checkpoint."
         )
+    if tensorrt is not None and tensorrt.weights_as == "inputs":
+        _require_weight_inputs(
+            source, quantized=quantization is not None or (source.quantized is not None and not source.is_widened)
+        )
     if quantization is not None:
         import matplotlib  # noqa: F401  (the report's plots need it: missing, it is missed now and not after hours)
 
         if choice is not None and choice.device is not None:
             require_device(quantization.recipe, choice.device)
         require_target(quantization.recipe, target, choice)
+        require_place_for_report(Path(output))
     with ExitStack() as stack:
         # Outermost, so that whatever goes wrong inside leaves calibration's state to be taken up again.
         work = None if quantization is None else stack.enter_context(kept_work_folder(quantization, Path(output)))
@@ -253,6 +250,7 @@ def export_checkpoint(
                 work_folder=work,
                 progress=clock.tell,
             )
+            quantized.read_texts()
             clock.start("write unquantized")
             unquantized_bytes = quantized.save_unquantized()
             report = verified(quantized.unquantized) if verify_result else None
@@ -270,7 +268,7 @@ def export_checkpoint(
         if isinstance(choice, OrtCudaChoice):
             _require_cuda_kernels(final)
         bound = split_weight_inputs(final) if tensorrt is not None and tensorrt.weights_as == "inputs" else {}
-        weight_inputs = tuple(_spec(value) for value in final.graph.inputs if value.name in bound)
+        weight_inputs = tuple(tensor_spec(value) for value in final.graph.inputs if value.name in bound)
         clock.start("write weights")
         links = (
             link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
@@ -309,7 +307,7 @@ def export_checkpoint(
         clock.start("finish")
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)
-        writer.add_json(GENERATION_CONFIG, _generation_config(source))
+        writer.add_json(GENERATION_CONFIG, generation_config(source))
         _add_accuracy(writer, chosen, report, outcome, scaled_outcome, usable.left_out)
         facts = bundle_facts(
             source, final, target, chosen, weights, Limits(max_length=length, max_batch=max_batch), report
@@ -328,6 +326,7 @@ def export_checkpoint(
             if needs_plugins(record):
                 writer.add_text(POLYGRAPHY_NETWORK, POLYGRAPHY_SCRIPT)
         bundle = writer.commit(facts, known_sha256={file.path.name: file.sha256 for file in written})
+    withdraw_refusal(Path(output))
     return ExportReport(
         bundle=bundle,
         target=target,
@@ -344,6 +343,19 @@ def export_checkpoint(
         static_scales=scaled_outcome,
         scales_left_out=usable.left_out,
     )
+
+
+def _require_weight_inputs(source: Checkpoint, *, quantized: bool) -> None:
+    """Refuse weights as inputs where next to none could be one.
+
+    Raises:
+        UnsupportedError: the model is ``quantized`` and has no experts.
+    """
+    if quantized and not source.config.num_experts:
+        raise UnsupportedError(
+            "--weights-as inputs is for weights in 16 bits and for packed experts: TensorRT wants the codes of "
+            "quantized products when it builds, and this model has nothing else to quantize; leave --weights-as out."
+        )
 
 
 def _lowering(choice: TensorRTChoice, model: ir.Model) -> LoweringRecord:
@@ -367,39 +379,6 @@ def _require_cuda_kernels(model: ir.Model) -> None:
             f"{found[0]}, so that it would run on the CPU and its data be copied at every step; export for another "
             "target, such as ort-cpu or tensorrt."
         )
-
-
-class _Clock:
-    """Times the stages and passes progress on."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._seconds: dict[str, float] = {}
-        self._stage = ""
-        self._since = time.perf_counter()
-        self.start("read checkpoint")
-
-    def start(self, stage: str) -> None:
-        now = time.perf_counter()
-        if self._stage:
-            self._seconds[self._stage] = now - self._since
-        self._stage, self._since = stage, now
-        self.tell(stage, 0.0)
-
-    def tell(self, what: str, fraction: float) -> None:
-        """Pass on what is being done and the fraction of it that is done."""
-        if self._progress is not None:
-            self._progress(what, fraction)
-
-    def bytes_done(self, done: int, total: int, name: str) -> None:
-        self.tell(f"write weights: {name}", done / max(1, total))
-
-    def steps_done(self, what: str, done: int, total: int) -> None:
-        self.tell(f"verify: {what}", done / max(1, total))
-
-    def finish(self) -> dict[str, float]:
-        self.start("done")
-        return self._seconds
 
 
 def _context_length(source: Checkpoint, asked: int | None, default: int) -> int:
@@ -476,7 +455,7 @@ def _add_accuracy(
     writer.add_accuracy(
         {
             "verified": True,
-            "reference": _reference(dtype),
+            "reference": reference_name(dtype),
             "method": report.method,
             "prompts": report.prompts,
             "new_tokens": report.new_tokens,
@@ -495,92 +474,6 @@ def _add_accuracy(
     )
 
 
-def bundle_facts(
-    source: Checkpoint,
-    model: ir.Model,
-    target: str,
-    dtype: str,
-    weights: str,
-    limits: Limits,
-    report: VerificationReport | None,
-) -> BundleFacts:
-    config = source.config
-    generation = _generation_config(source)
-    eos = generation.get("eos_token_id", [token for token in config.eos_token_ids if token < config.vocab_size])
-    sparse = config.num_experts or None
-    return BundleFacts(
-        source=Source(
-            path_name=source.folder.resolve().name,
-            model_type=config.model_type,
-            config=dict(config.source),
-            fingerprint=source.fingerprint(),
-            dtype=_stored_dtype(source),
-        ),
-        target=target,
-        dtype=dtype,
-        weights="link" if weights == "link" else "copy",
-        limits=limits,
-        inputs=tuple(_spec(value) for value in model.graph.inputs),
-        outputs=tuple(_spec(value) for value in model.graph.outputs),
-        model=Geometry(
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            intermediate_size=config.intermediate_size,
-            num_experts=sparse,
-            num_experts_per_tok=config.num_experts_per_tok if sparse else None,
-            moe_intermediate_size=config.moe_intermediate_size if sparse else None,
-            shared_expert_intermediate_size=(config.shared_expert_intermediate_size or None) if sparse else None,
-            max_position_embeddings=config.max_position_embeddings,
-        ),
-        verification=_verification(dtype, report),
-        tool_versions=_tool_versions(),
-        session_options={"session.disable_prepacking": "1"} if weights == "link" else {},
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        bos_token_id=generation.get("bos_token_id"),
-        pad_token_id=generation.get("pad_token_id"),
-    )
-
-
-def _generation_config(source: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's, without special tokens beyond the vocabulary: no model can choose them."""
-    config = dict(source.generation_config)
-    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        given = config.get(name)
-        if isinstance(given, list):
-            config[name] = [token for token in given if token < source.config.vocab_size]
-        elif given is not None and given >= source.config.vocab_size:
-            config[name] = None
-    return config
-
-
-def _tool_versions() -> dict[str, str]:
-    return {name: installed_version(name) for name in _TOOLS}
-
-
-def _verification(dtype: str, report: VerificationReport | None) -> Verification:
-    if report is None:
-        return Verification(performed=False)
-    return Verification(
-        performed=True,
-        method="whole-model" if report.method == "whole-model" else "layer-by-layer",
-        reference=_reference(dtype),
-        prompts=report.prompts,
-        new_tokens=report.new_tokens,
-        max_abs_error=report.max_abs_error,
-        kl=report.max_kl,
-        greedy_match=report.token_disagreements == 0 and report.near_ties == 0,
-        bound=report.bound,
-    )
-
-
-def _reference(dtype: str) -> str:
-    return "transformers fp32" if dtype == "fp32" else f"transformers fp32, weights rounded to {dtype}"
-
-
 @contextmanager
 def _naming_dequantize(source: Checkpoint) -> Iterator[None]:
     """Add the way out to what a lowering refuses of a checkpoint that is quantized already."""
@@ -593,20 +486,3 @@ def _naming_dequantize(source: Checkpoint) -> Iterator[None]:
             f"{str(error).rstrip('.')}; the checkpoint holds {source.quantized.format.summary} weights, which "
             "--dequantize stores in the model's own dtype instead."
         ) from error
-
-
-def _stored_dtype(source: Checkpoint) -> str:
-    """The dtype of most of the checkpoint's bytes, or how its weights are quantized."""
-    if source.quantized is not None:
-        return source.quantized.format.summary
-    sizes: dict[str, int] = {}
-    for tensor in map(source.tensor, source.names):
-        name = tensor.dtype.numpy().name
-        sizes[name] = sizes.get(name, 0) + tensor.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-    return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)

@@ -1,6 +1,6 @@
 """The part of an export that quantizes: from the fused graph to a quantized portable one, and the gate behind it.
 
-unquantized portable model on disk -> verified -> calibrated -> plan applied -> (lowered and written) -> judged
+texts -> unquantized portable model on disk -> verified -> calibrated -> plan applied -> (lowered, written) -> judged
 
 The unquantized model lies in the work folder, because it is read three times: by the comparison with transformers, by
 calibration and by the gate. The folder goes with a successful export; after a failure or an interruption it stays, and
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,14 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
+from qwenforge.calibration import fluency
 from qwenforge.calibration.calibrate import CalibrationResult, calibrate
 from qwenforge.calibration.data import ROW_LENGTH, ROWS, CalibrationData, load_calibration_data
 from qwenforge.calibration.heldout import HeldOutText, load_heldout
 from qwenforge.calibration.progress import Progress as CalibrationProgress
 from qwenforge.calibration.recipes import Recipe
 from qwenforge.calibration.sensitivity import Frontier, Level, levels_of, milder_recipe, mixed_plan, overrides_of
+from qwenforge.calibration.tokenizer_match import tokenizer_doubts
 from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.accuracy_run import measure
 from qwenforge.engine.auto_search import search_choice
@@ -76,9 +79,9 @@ class QuantizedExport:
         self._progress = progress
         self._recipe = request.recipe
         self._warnings: tuple[str, ...] = ()
-        self._calibrated_on: str | None = None
         self._frontier: Frontier | None = None
         self._plan: QuantizationPlan
+        self._data: CalibrationData | None
         self._text: HeldOutText
         self._result: CalibrationResult
 
@@ -109,29 +112,35 @@ class QuantizedExport:
         stamp.write_text(json.dumps({"made_of": made_of, "bytes": size}) + "\n", encoding="utf-8")
         return size
 
+    def read_texts(self) -> None:
+        """Read the text to calibrate on and the text to judge by: what is wrong with them is told before hours of work.
+
+        Raises:
+            UserError: a text is unusable.
+        """
+        request, source = self.request, self._source
+        self._data = data = self._calibration_data()
+        self._text = load_heldout(
+            request.heldout_data,
+            source.tokenizer_files,
+            vocab_size=source.config.vocab_size,
+            max_length=self._max_length,
+            calibration=data.tokens if data is not None else None,
+        )
+
     def calibrated(self) -> ir.Model:
         """The quantized portable model: calibrated, taking up what an earlier run left, and with ``--auto`` searched.
 
         Raises:
-            UserError: a text is unusable, or no choice holds the budget.
+            UserError: the model makes nothing of the text, or no choice holds the budget.
         """
         request = self.request
-        data = self._calibration_data()
-        self._calibrated_on = data.source if data is not None else None
-        # Before hours of calibration, not after.
-        text = load_heldout(
-            request.heldout_data,
-            self._source.tokenizer_files,
-            vocab_size=self._source.config.vocab_size,
-            max_length=self._max_length,
-            calibration=data.tokens if data is not None else None,
-        )
-        result = self._calibrate(request.recipe, data)
+        result = self._calibrate(request.recipe, self._data)
         self._result = result
-        self._warnings = (*(data.warnings if data is not None else ()), *result.warnings)
-        self._plan, self._text = result.plan, text
+        self._warnings = (*self._tokenizer_doubts(), *result.warnings)
+        self._plan = result.plan
         if request.auto:
-            self._search(text)
+            self._search(self._text)
         return self._quantized(self._plan)
 
     def judge(
@@ -164,6 +173,13 @@ class QuantizedExport:
                 work_folder=Path(pieces),
                 progress=self._progress,
             )
+        doubts = fluency.judge(
+            math.log(run.distributions.reference_perplexity),
+            self._text.windows,
+            self._source.config.vocab_size,
+            self._text.source,
+            require_prediction=False,
+        )
         return QuantizationOutcome(
             model=self._source.folder.resolve().name,
             target=target,
@@ -174,9 +190,9 @@ class QuantizedExport:
             budget=self.request.budget,
             unquantized_bytes=unquantized_bytes,
             quantized_bytes=quantized_bytes,
-            calibrated_on=self._calibrated_on,
+            calibrated_on=self._data.source if self._data is not None else None,
             coverage={each.site: each.tokens for each in self._result.coverage},
-            warnings=self._warnings,
+            warnings=(*doubts, *self._warnings),
             frontier=self._frontier,
         )
 
@@ -190,6 +206,14 @@ class QuantizedExport:
             vocab_size=self._source.config.vocab_size,
             rows=request.calibration_rows or ROWS,
             row_length=min(ROW_LENGTH, self._max_length),
+        )
+
+    def _tokenizer_doubts(self) -> list[str]:
+        source = self._source
+        ends = source.generation_config.get("eos_token_id")
+        given = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return tokenizer_doubts(
+            source.tokenizer_files, source.config.vocab_size, {*source.config.eos_token_ids, *map(int, given)}
         )
 
     def _calibrate(self, recipe: Recipe, data: CalibrationData | None) -> CalibrationResult:

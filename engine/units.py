@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def thousands(number: int) -> str:
     """``1234567`` as ``1,234,567``."""
@@ -22,6 +24,13 @@ def size(bytes_count: int) -> str:
         if bytes_count >= factor:
             return f"{_three_digits(bytes_count / factor)} {unit}"
     return f"{bytes_count} B"
+
+
+def decibels(value: float) -> str:
+    """A ratio in dB: ``21.5``; ``exact`` without any error, ``not finite`` where nothing could be compared."""
+    if math.isnan(value):
+        return "not finite"
+    return "exact" if value == math.inf else f"{value:.1f}"
 
 
 def _three_digits(number: float) -> str:

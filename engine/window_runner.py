@@ -18,8 +18,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.engine.executor import MAPPED_WEIGHTS, open_session, run_session
+from qwenforge.engine.executor import open_session, run_session
 from qwenforge.engine.free_memory import give_back_freed_memory
+from qwenforge.engine.session_choice import MAPPED_WEIGHTS
 from qwenforge.engine.weight_inputs import attach_weight_inputs
 from qwenforge.exporter.external_data import save_model
 from qwenforge.graph_passes.execution import half_types, upcast_to_float32, widen_float8_caches

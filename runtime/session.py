@@ -41,6 +41,7 @@ _SIGNATURE = {
 }
 _ELEMENT_TYPES = {"float32": 1, "int8": 3, "float16": 10, "bfloat16": 16, "int64": 7}
 """TensorProto.DataType by NumPy's name: NumPy has no type of its own for bfloat16."""
+_EIGHT_BIT_CACHES = {"tensor(int8)", "tensor(uint8)", "tensor(float8e4m3fn)"}
 _NO_CAPTURE = -1
 
 
@@ -173,9 +174,11 @@ class GraphSession:
             raise BundleError(f"{self.model_path}: the graph has {found}; it was not written by qwenforge export")
         if len(types) != 1 or not types <= set(self.backend.cache_types):
             runs = " or ".join(kind.removeprefix("tensor(").removesuffix(")") for kind in self.backend.cache_types)
+            eight_bits = types & _EIGHT_BIT_CACHES
+            advice = "without --cache" if eight_bits else f"with --dtype {self.backend.other_dtype}"
             raise BundleError(
                 f"{self.model_path}: the cache is {', '.join(sorted(types))}, {self.backend.name} runs {runs}; export "
-                f"with --dtype {self.backend.other_dtype}"
+                f"{advice}"
             )
         return tuple(tensors), _cache_dtype(types.pop())
 

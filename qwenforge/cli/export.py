@@ -106,8 +106,10 @@ class ExportCommand(Command):
         except KeyboardInterrupt:
             _tell_work_folder(options["quantization"], Path(args.output))
             raise
-        for warning in report.quantization.warnings if report.quantization is not None else ():
-            print(f"qwenforge: warning: {warning}", file=sys.stderr)
+        # On a terminal the text that follows has them, and once is enough.
+        if args.json or not sys.stdout.isatty():
+            for warning in report.quantization.warnings if report.quantization is not None else ():
+                print(f"qwenforge: warning: {warning}", file=sys.stderr)
         for sentence in report.scales_left_out:
             print(f"qwenforge: {sentence}", file=sys.stderr)
         if args.json:
@@ -317,6 +319,10 @@ def _print_quantization(console: Console, outcome: QuantizationOutcome) -> None:
         f"best token agrees at {figures.top1_agreement:.1%} ({budget.top1:.1%}); accuracy.html in the bundle has more",
         markup=False,
     )
+    if outcome.warnings:
+        console.print(f"with {len(outcome.warnings)} warning{'s' * (len(outcome.warnings) > 1)}:", markup=False)
+        for warning in outcome.warnings:
+            console.print(f"  - {warning}", markup=False)
 
 
 def _print_static_scales(console: Console, outcome: ScalesOutcome) -> None:

@@ -32,6 +32,13 @@ def test_a_figure_beyond_its_limit_is_told(change: dict[str, float], words: str)
     assert BUDGET.missed(replace(GOOD, **change)) == [words]
 
 
+def test_each_limit_is_held_to_the_worst_of_several_graphs() -> None:
+    first, second = replace(GOOD, mean_kl=0.5), replace(GOOD, perplexity=20.0)
+    told = ["mean KL is 0.5 (at most 0.02)", "perplexity is 2.0000 times the unquantized (at most 1.02)"]
+    assert BUDGET.missed(first, second) == BUDGET.missed(second, first) == told
+    assert BUDGET.missed(GOOD, replace(GOOD, mean_kl=float("nan"))) == ["mean KL is nan (at most 0.02)"]
+
+
 def test_limits_are_read_and_the_rest_is_the_default() -> None:
     assert parse_budget("kl=0.05, top1=0.9", BUDGET) == Budget(kl=0.05, ppl=1.02, top1=0.9)
 
