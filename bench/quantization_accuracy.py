@@ -143,7 +143,6 @@ def subjects(python: Path | None) -> list[Subject]:
         Subject("qwenforge int8-w8a8", "int8 weights and activations", our_logits(recipes.get("int8-w8a8"))),
         Subject("qwenforge fp8", "fp8 weights and activations", our_logits(recipes.get("fp8"))),
         Subject("qwenforge int4-weight-only", "int4 weights, groups of 128", our_logits(int4)),
-        Subject("qwenforge int4-gptq", "int4 weights, groups of 128", our_logits(recipes.get("int4-gptq"))),
     ]
     plain = int4.changed(smoothing=None, clipping=False, rounding="nearest")
     found.append(Subject("qwenforge round to nearest", "int4 weights, groups of 128", our_logits(plain)))

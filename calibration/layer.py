@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qwenforge.calibration.activations import Activation
 from qwenforge.calibration.expert_site import ExpertCalibration
-from qwenforge.calibration.gptq import round_with_compensation
+from qwenforge.calibration.gptq import CompensatedRounding, channel_blocks
 from qwenforge.calibration.matrices import read_matrix, rounded
 from qwenforge.calibration.outliers import outliers
 from qwenforge.calibration.places import Place
@@ -25,6 +25,7 @@ from qwenforge.calibration.smoothing import awq_candidates, output_errors, smoot
 from qwenforge.calibration.weight_scales import clipped_scales, group_scales, tensor_scales
 from qwenforge.calibration.work_folder import Outlier, PieceResult
 from qwenforge.exporter import weights
+from qwenforge.exporter.transforms import spread_groups
 from qwenforge.graph_passes.quantize.plan import SitePlan
 from qwenforge.graph_passes.quantize.sites import LinearSite
 
@@ -56,6 +57,7 @@ class LayerCalibration:
     tensors: dict[str, Array] = field(default_factory=dict)
     columns: dict[str, Array] = field(default_factory=dict)
     row_divisors: dict[str, Array] = field(default_factory=dict)
+    _kept_rounding: tuple[tuple[int, bytes, int], CompensatedRounding] | None = field(default=None, init=False)
 
     def run(self, done: Done) -> PieceResult:
         """Calibrate the piece; its numbers are in ``tensors`` afterwards, under a plan's names."""
@@ -169,12 +171,22 @@ class LayerCalibration:
             scales = group_scales(matrix, choice.weight, group)
         self.tensors[f"{site.name}.weight_scales"] = scales
         if self.recipe.rounding == "gptq" and activation is not None and choice.weight != "fp8":
-            moments = activation.second_moments(divisors)
-            self.tensors[f"{site.name}.weight_codes"] = round_with_compensation(
-                matrix, moments, scales, weight_format=choice.weight, group_size=group
-            )
+            steps = np.broadcast_to(spread_groups(scales, group, matrix.shape[1]), matrix.shape)
+            codes = np.empty(matrix.shape, np.int8)
+            for block in channel_blocks(matrix.shape[1]):
+                rounding = self._rounding(activation, divisors, block)
+                codes[:, block] = rounding.round(matrix[:, block], steps[:, block], choice.weight)
+            self.tensors[f"{site.name}.weight_codes"] = codes
         found = outliers(np.abs(matrix).max(1), site.name, "weight row")
         return found + outliers(np.abs(self._matrix(site)).max(0), site.name, "weight column")
+
+    def _rounding(self, activation: Activation, divisors: Array, block: slice) -> CompensatedRounding:
+        """For a block of input channels; kept until another is asked for: q, k and v share it."""
+        key = (id(activation), divisors.tobytes(), block.start)
+        if self._kept_rounding is None or self._kept_rounding[0] != key:
+            self._kept_rounding = None  # its memory first
+            self._kept_rounding = (key, CompensatedRounding(activation.second_moments(divisors, block)))
+        return self._kept_rounding[1]
 
     def _activations(self, site: LinearSite, choice: SitePlan, ranges: dict[tuple[int, bytes, str], float]) -> None:
         """The static scale of the input, once for all that read it."""

@@ -9,9 +9,7 @@ recipe                 weights; activations; how
 ``int8-w8a8``          int8, a scale a row; int8, one static scale a tensor; SmoothQuant (Xiao et al. 2022)
 ``int8-weight-only``   int8, a scale a row; as they are; needs no text
 ``int4-weight-only``   int4, a scale for 128 columns of a row; as they are; activation-aware scales and clipping
-                       (AWQ, Lin et al. 2023)
-``int4-gptq``          the same, each column's error made up for by later ones (GPTQ, Frantar et al. 2022): about half
-                       the error, for more time and 24 K^2 bytes of memory, K the widest input
+                       (AWQ, Lin et al. 2023), each column's error made up for by others (GPTQ, Frantar et al. 2022)
 ``fp8``                E4M3, a scale a row; E4M3, one static scale a tensor
 =====================  =======================================================================================
 
@@ -183,14 +181,6 @@ _RECIPES = {
         Recipe(name="int8-weight-only", weight="int8"),
         Recipe(
             name="int4-weight-only",
-            weight="int4",
-            weight_granularity="group",
-            group_size=_DEFAULT_INT4_GROUP,
-            smoothing="awq",
-            clipping=True,
-        ),
-        Recipe(
-            name="int4-gptq",
             weight="int4",
             weight_granularity="group",
             group_size=_DEFAULT_INT4_GROUP,
