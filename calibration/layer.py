@@ -19,9 +19,15 @@ from qwenforge.calibration.gptq import CompensatedRounding, channel_blocks
 from qwenforge.calibration.matrices import read_matrix, rounded
 from qwenforge.calibration.outliers import outliers
 from qwenforge.calibration.places import Place
-from qwenforge.calibration.ranges import choose_range, scale_of
+from qwenforge.calibration.observers import MagnitudeHistogram
+from qwenforge.calibration.ranges import choose_range, round_to_codes, scale_of
 from qwenforge.calibration.recipes import Recipe, is_override
-from qwenforge.calibration.smoothing import awq_candidates, output_errors, smoothquant_factors
+from qwenforge.calibration.smoothing import (
+    SMOOTHQUANT_STRENGTHS,
+    awq_candidates,
+    output_errors,
+    smoothquant_factors,
+)
 from qwenforge.calibration.weight_scales import clipped_scales, group_scales, tensor_scales
 from qwenforge.calibration.work_folder import Outlier, PieceResult
 from qwenforge.exporter import weights
@@ -131,22 +137,38 @@ class LayerCalibration:
         choices: Mapping[str, SitePlan],
     ) -> Array:
         activation = self._input(place)
+        sample = activation.sample()
+        quantized_inputs = None
         if self.recipe.smoothing == "smoothquant":
             columns = [np.abs(self._matrix(site)).max(0) for site in readers]
             columns += [experts.column_maxima()] if experts is not None else []
             largest = place.shared(np.maximum.reduce(columns), np.maximum)
             inputs = place.shared(activation.statistics.largest, np.maximum)
-            return smoothquant_factors(inputs, largest, self.recipe.smoothing_strength)
-        candidates = awq_candidates(place.shared(activation.statistics.mean_magnitude, np.add))
-        spread = [place.spread(factors) for factors in candidates]
+            if self.recipe.smoothing_strength is not None:
+                return smoothquant_factors(inputs, largest, self.recipe.smoothing_strength)
+            candidates = [smoothquant_factors(inputs, largest, strength) for strength in SMOOTHQUANT_STRENGTHS]
+            spread = [place.spread(factors) for factors in candidates]
+            quantized_inputs = [self._quantized_inputs(sample, factors) for factors in spread]
+        else:
+            candidates = awq_candidates(place.shared(activation.statistics.mean_magnitude, np.add))
+            spread = [place.spread(factors) for factors in candidates]
         errors = np.zeros(len(candidates))
-        sample = activation.sample()
         for site in readers:
             quantized = functools.partial(rounded, choice=choices[site.name])
-            errors += output_errors(sample, self._matrix(site), spread, quantized)
+            errors += output_errors(sample, self._matrix(site), spread, quantized, quantized_inputs)
         if experts is not None:
             errors += experts.output_errors(spread)
         return candidates[int(np.argmin(errors))]
+
+    def _quantized_inputs(self, sample: Array, factors: Array) -> Array:
+        """What ``sample`` [T, K] becomes, divided by ``factors`` on the way, with a range of its own."""
+        assert self.recipe.activation is not None
+        divided, histogram = sample / factors, MagnitudeHistogram()
+        histogram.add(divided)
+        largest = choose_range(histogram, self.recipe.activation_range, self.recipe.activation, self.recipe.percentile)
+        scale = np.float32(scale_of(largest, self.recipe.activation))
+        values: Array = round_to_codes(divided / scale, self.recipe.activation) * scale * factors
+        return values
 
     def _input(self, place: Place) -> Activation:
         for name in place.readers:

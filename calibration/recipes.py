@@ -85,8 +85,10 @@ class Recipe(_Part):
         activation_range: how the largest magnitude that an activation scale covers is chosen
             (:mod:`qwenforge.calibration.ranges`).
         percentile: of magnitudes that ``percentile`` covers, in percent.
-        smoothing: how range moves between activations and weights: ``smoothquant`` by a formula, ``awq`` by a search.
-        smoothing_strength: SmoothQuant's alpha: 0 leaves all range with the activations, 1 gives it to the weights.
+        smoothing: how range moves between activations and weights: ``smoothquant`` by the largest magnitudes of both,
+            ``awq`` by those of activations.
+        smoothing_strength: SmoothQuant's alpha: 0 leaves all range with the activations, 1 gives it to the weights; None
+            searches for it place by place.
         clipping: search for each group's weights a scale below their largest magnitude that harms the outputs less.
         rounding: ``nearest``, or ``gptq``: column by column, later columns making up for the errors of earlier ones.
         cache: an 8-bit key/value cache.
@@ -104,7 +106,7 @@ class Recipe(_Part):
     activation_range: RangeMethod = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     smoothing: Literal["smoothquant", "awq"] | None = None
-    smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    smoothing_strength: Annotated[float, Field(ge=0, le=1)] | None = None
     clipping: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     cache: Literal["fp8", "int8"] | None = None
