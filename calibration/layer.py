@@ -17,9 +17,9 @@ from qwenforge.calibration.activations import Activation
 from qwenforge.calibration.expert_site import ExpertCalibration
 from qwenforge.calibration.gptq import CompensatedRounding, channel_blocks
 from qwenforge.calibration.matrices import read_matrix, rounded
+from qwenforge.calibration.observers import MagnitudeHistogram
 from qwenforge.calibration.outliers import outliers
 from qwenforge.calibration.places import Place
-from qwenforge.calibration.observers import MagnitudeHistogram
 from qwenforge.calibration.ranges import choose_range, round_to_codes, scale_of
 from qwenforge.calibration.recipes import Recipe, is_override
 from qwenforge.calibration.smoothing import (
@@ -147,8 +147,12 @@ class LayerCalibration:
             if self.recipe.smoothing_strength is not None:
                 return smoothquant_factors(inputs, largest, self.recipe.smoothing_strength)
             rms = np.sqrt(place.shared(activation.statistics.mean_square, np.add))
-            candidates = [smoothquant_factors(inputs**(1-b)*rms**b, largest, strength) for strength in SMOOTHQUANT_STRENGTHS[::2] for b in (0,.5,1)]
-            self._labels=[(strength,b) for strength in SMOOTHQUANT_STRENGTHS[::2] for b in (0,.5,1)]
+            candidates = [
+                smoothquant_factors(inputs ** (1 - b) * rms**b, largest, strength)
+                for strength in SMOOTHQUANT_STRENGTHS[::2]
+                for b in (0, 0.5, 1)
+            ]
+            self._labels = [(strength, b) for strength in SMOOTHQUANT_STRENGTHS[::2] for b in (0, 0.5, 1)]
             spread = [place.spread(factors) for factors in candidates]
             quantized_inputs = [self._quantized_inputs(sample, factors) for factors in spread]
         else:

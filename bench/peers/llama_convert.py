@@ -1,7 +1,8 @@
 """Runs in the peer's environment: a Qwen2 or Qwen2-MoE checkpoint to GGUF, then to a format of llama.cpp's own.
 
-``python llama_convert.py CHECKPOINT OUTPUT.gguf f16|q8_0|q4_0``. The names are those of llama.cpp's converter; the
-file has no tokenizer, since the measurement gives token ids. Experts are stacked, as that converter does.
+``python llama_convert.py CHECKPOINT OUTPUT.gguf f16|q8_0|q4_0|q4_k_m [keep-vocabulary]``. The names are those of
+llama.cpp's converter; the file has no tokenizer, since the measurement gives token ids. Experts are stacked, as that
+converter does. The last word leaves the embedding and the vocabulary projection in float16.
 """
 
 import json
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 _STORED = {"F32": np.float32, "F16": np.float16}
-_FTYPES = {"q8_0": 7, "q4_0": 2}  # llama_ftype in llama.h
+_FTYPES = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15}  # llama_ftype in llama.h
+_TYPE_FLOAT16 = 1  # ggml_type in ggml.h
 _FLOAT16 = 1
 
 
@@ -28,7 +30,7 @@ def main() -> None:
         _write(config, checkpoint / "model.safetensors", partial)
         os.replace(partial, plain)
     if number_format != "f16":
-        _quantize(plain, output, _FTYPES[number_format])
+        _quantize(plain, output, _FTYPES[number_format], keep_vocabulary=sys.argv[4:] == ["keep-vocabulary"])
 
 
 def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
@@ -44,7 +46,7 @@ def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(config.get("rope_parameters", config)["rope_theta"])  # by transformers 5, before it
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
@@ -75,7 +77,14 @@ def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     for name, entry in json.loads(mapped[8 : 8 + length].tobytes()).items():
         if name != "__metadata__":
             start, end = (8 + length + offset for offset in entry["data_offsets"])
-            yield name, mapped[start:end].view(_STORED[entry["dtype"]]).reshape(entry["shape"])
+            yield name, _values(mapped[start:end], entry["dtype"]).reshape(entry["shape"])
+
+
+def _values(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """Bytes as numbers, bfloat16 as float32: it is the upper half of one."""
+    if dtype == "BF16":
+        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return stored.view(_STORED[dtype])
 
 
 def _merged(
@@ -96,11 +105,13 @@ def _merged(
             yield f"{layer}.mlp.experts.{kind}.weight", np.stack([matrices[each] for each in range(len(matrices))])
 
 
-def _quantize(source: Path, output: Path, ftype: int) -> None:
+def _quantize(source: Path, output: Path, ftype: int, *, keep_vocabulary: bool) -> None:
     import llama_cpp  # type: ignore[import-not-found]
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = ftype
+    if keep_vocabulary:
+        params.quantize_output_tensor, params.token_embedding_type = False, _TYPE_FLOAT16
     partial = output.with_suffix(".partial")
     if llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), params):
         raise SystemExit(f"llama.cpp cannot quantize {source}")
