@@ -146,13 +146,7 @@ class LayerCalibration:
             inputs = place.shared(activation.statistics.largest, np.maximum)
             if self.recipe.smoothing_strength is not None:
                 return smoothquant_factors(inputs, largest, self.recipe.smoothing_strength)
-            rms = np.sqrt(place.shared(activation.statistics.mean_square, np.add))
-            candidates = [
-                smoothquant_factors(inputs ** (1 - b) * rms**b, largest, strength)
-                for strength in SMOOTHQUANT_STRENGTHS[::2]
-                for b in (0, 0.5, 1)
-            ]
-            self._labels = [(strength, b) for strength in SMOOTHQUANT_STRENGTHS[::2] for b in (0, 0.5, 1)]
+            candidates = [smoothquant_factors(inputs, largest, strength) for strength in SMOOTHQUANT_STRENGTHS]
             spread = [place.spread(factors) for factors in candidates]
             quantized_inputs = [self._quantized_inputs(sample, factors) for factors in spread]
         else:
@@ -164,8 +158,6 @@ class LayerCalibration:
             errors += output_errors(sample, self._matrix(site), spread, quantized, quantized_inputs)
         if experts is not None:
             errors += experts.output_errors(spread)
-        if self.recipe.smoothing == "smoothquant":
-            print(place.name, self._labels[int(np.argmin(errors))], errors.min(), errors[15])
         return candidates[int(np.argmin(errors))]
 
     def _quantized_inputs(self, sample: Array, factors: Array) -> Array:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-SMOOTHQUANT_STRENGTHS = tuple(step / 20 for step in range(21))
+SMOOTHQUANT_STRENGTHS = tuple(step / 10 for step in range(11))
 AWQ_STRENGTHS = tuple(step / 20 for step in range(20))
 
 _LEAST = 1e-5
