@@ -131,13 +131,19 @@ def test_smoothing_factors_are_equation_4_of_transformers_activations(
     hooked: tuple[_Hooked, Any, float], tmp_path: Path
 ) -> None:
     reference, _, _ = hooked
-    result = _calibrated(DENSE, recipes.get("int8-w8a8"), tmp_path)
+    result = _calibrated(DENSE, recipes.get("int8-w8a8").changed(smoothing_strength=0.5), tmp_path)
     layer = reference.model.model.layers[1]
     modules = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
     columns = torch.stack([module.weight.abs().amax(0) for module in modules]).amax(0)
     expected = (reference.largest["model.layers.1.self_attn.q_proj"] / columns).sqrt()
     found = result.plan.tensors["model.layers.1.input_layernorm.smoothing"].numpy()
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-3)
+
+
+def test_searched_strength_is_better_than_one_for_all(tmp_path: Path) -> None:
+    recipe = recipes.get("int8-w8a8")
+    same = _kl(DENSE, recipe.changed(smoothing_strength=0.5), tmp_path / "same")
+    assert _kl(DENSE, recipe, tmp_path / "searched") < 0.95 * same
 
 
 def test_int4_with_search_is_better_than_round_to_nearest(tmp_path: Path) -> None:
