@@ -18,6 +18,7 @@ vocabulary projection stays unquantized for everyone, and so do routers.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from qwenforge.exporter import weights
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.external_data import save_model
 from qwenforge.exporter.instantiate import instantiate
-from qwenforge.exporter.trace import trace
+from qwenforge.exporter.trace import TracedModel, trace
 from qwenforge.graph_passes.pipeline import optimize
 from qwenforge.graph_passes.quantize.apply import apply_plan
 from qwenforge.graph_passes.quantize.sites import KEPT_BY_DEFAULT, find_sites
@@ -73,10 +74,16 @@ class Setting:
     heldout: HeldOutText
     folder: Path
 
+    @functools.cached_property
+    def _traced(self) -> tuple[ir.Model, TracedModel]:
+        """The fused graph, and what is known of the trace that it was made of."""
+        traced = trace(self.checkpoint, ir.DataType.FLOAT)
+        return optimize(traced.model, positions=_POSITIONS).model, traced
+
     def portable(self) -> ir.Model:
         """A new unquantized portable model in fp32 with lazy weights."""
-        traced = trace(self.checkpoint, ir.DataType.FLOAT)
-        return instantiate(optimize(traced.model, positions=_POSITIONS).model, traced, self.checkpoint)
+        fused, traced = self._traced
+        return instantiate(fused.clone(), traced, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -243,6 +250,7 @@ def measure(checkpoint: Path, peers: Peers, *, rows: int, windows: int) -> dict[
     Raises:
         UserError: the checkpoint cannot be opened, or a peer fails.
     """
+    circumstances_at_start = circumstances()
     source = Checkpoint.open(checkpoint)
     vocabulary = source.config.vocab_size
     files = source.tokenizer_files
@@ -266,7 +274,7 @@ def measure(checkpoint: Path, peers: Peers, *, rows: int, windows: int) -> dict[
         "heldout": f"{text.source}: {text.windows.shape[0]} windows of {text.windows.shape[1]} tokens",
         "peers": peers.versions(),
     }
-    return {**circumstances(), "settings": settings, "subjects": figures}
+    return {**circumstances_at_start, "settings": settings, "subjects": figures}
 
 
 def main() -> int:
