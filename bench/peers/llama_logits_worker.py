@@ -49,7 +49,7 @@ def _logits(llama_cpp: Any, context: Any, window: np.ndarray[Any, Any], vocabula
     if llama_cpp.llama_decode(context, batch):
         raise SystemExit("llama.cpp cannot decode")
     pointer = ctypes.cast(llama_cpp.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
-    found = np.ctypeslib.as_array(pointer, (len(window), vocabulary)).copy()
+    found: np.ndarray[Any, Any] = np.ctypeslib.as_array(pointer, (len(window), vocabulary)).copy()
     llama_cpp.llama_batch_free(batch)
     return found
 
