@@ -27,13 +27,13 @@ def main() -> None:
     plain = output.with_name("f16.gguf")
     if not plain.is_file():
         partial = plain.with_suffix(".partial")
-        _write(config, checkpoint / "model.safetensors", partial)
+        _write(config, checkpoint, partial)
         os.replace(partial, plain)
     if number_format != "f16":
         _quantize(plain, output, _FTYPES[number_format], keep_vocabulary=sys.argv[4:] == ["keep-vocabulary"])
 
 
-def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
+def _write(config: dict[str, Any], checkpoint: Path, output: Path) -> None:
     import gguf  # type: ignore[import-not-found]
 
     sparse = "num_experts" in config
@@ -57,7 +57,7 @@ def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     names = gguf.get_tensor_name_map(architecture, layers)
-    for name, tensor in _merged(_tensors(weights), config):
+    for name, tensor in _merged(_tensors(checkpoint), config):
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise SystemExit(f"{name} has no name in llama.cpp")
@@ -70,14 +70,15 @@ def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
     writer.close()
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Name and values of every tensor of a safetensors file, mapped."""
-    mapped = np.memmap(path, np.uint8, "r")
-    length = int(mapped[:8].view(np.uint64)[0])
-    for name, entry in json.loads(mapped[8 : 8 + length].tobytes()).items():
-        if name != "__metadata__":
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
-            yield name, _values(mapped[start:end], entry["dtype"]).reshape(entry["shape"])
+def _tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Name and values of every tensor of a checkpoint's safetensors files, mapped."""
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        mapped = np.memmap(path, np.uint8, "r")
+        length = int(mapped[:8].view(np.uint64)[0])
+        for name, entry in json.loads(mapped[8 : 8 + length].tobytes()).items():
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                yield name, _values(mapped[start:end], entry["dtype"]).reshape(entry["shape"])
 
 
 def _values(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
