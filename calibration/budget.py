@@ -46,9 +46,9 @@ class Budget:
 
 
 EIGHT_BITS = Budget(kl=0.003, ppl=1.003, top1=0.97)
-EIGHT_BITS_ACTIVATIONS = Budget(kl=0.02, ppl=1.02, top1=0.92)
+EIGHT_BITS_ACTIVATIONS = Budget(kl=0.01, ppl=1.01, top1=0.93)
 FP8 = Budget(kl=0.03, ppl=1.03, top1=0.87)
-FOUR_BITS = Budget(kl=0.1, ppl=1.1, top1=0.75)
+FOUR_BITS = Budget(kl=0.07, ppl=1.07, top1=0.78)
 
 
 def default_budget(weight_format: str | None, *, activations: bool, cache: bool) -> Budget:
