@@ -48,6 +48,7 @@ class Backend:
         cache_types: of caches, as ONNX Runtime spells them.
         other_dtype: what to export with where the caches are of another type.
         session_options: ONNX Runtime session configuration that the machine needs, whatever the bundle.
+        prefill_chunk: tokens of a prefill step.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Backend:
     captures_decode: bool = False
     host: Memory = field(default_factory=HostMemory)
     session_options: dict[str, str] = field(default_factory=dict)
+    prefill_chunk: int = 512
 
 
 def cpu_backend() -> Backend:
@@ -70,6 +72,9 @@ def cpu_backend() -> Backend:
         cache_types=("tensor(float)", "tensor(float16)"),
         other_dtype="fp32",
         session_options=session_options(),
+        # GroupQueryAttention computes the square of a step's tokens, half of which nobody sees: 512 tokens of int8
+        # weights take 0.93 of the time in two steps, of fp32 weights the same.
+        prefill_chunk=256,
     )
 
 

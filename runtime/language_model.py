@@ -22,9 +22,6 @@ from qwenforge.runtime.session import GraphSession
 from qwenforge.runtime.stopping import DEFAULT_MAX_NEW_TOKENS, StopStrings
 from qwenforge.runtime.tokenizer import IncrementalDecoder, Tokenizer
 
-PREFILL_CHUNK = 512
-"""Tokens of a prefill step, unless ``load`` is told otherwise."""
-
 DEFAULT_MAX_BATCH = 32
 """Sequences at once where neither the bundle nor the caller says."""
 
@@ -54,7 +51,7 @@ class LanguageModel:
         max_length: prompt and answer together, in tokens.
         max_batch: sequences generated at once; more are generated in turns.
         end_tokens: the tokens that end a sequence.
-        prefill_chunk: tokens of a prefill step.
+        prefill_chunk: tokens of a prefill step; None is what suits the session's backend.
     """
 
     def __init__(
@@ -65,14 +62,14 @@ class LanguageModel:
         max_length: int,
         max_batch: int,
         end_tokens: Sequence[int],
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
     ) -> None:
         self.session = session
         self.tokenizer = tokenizer
         self.max_length = min(max_length, session.fixed_capacity or max_length)
         self.max_batch = max_batch
         self.end_tokens = frozenset(end_tokens)
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk = prefill_chunk or session.backend.prefill_chunk
 
     def generate(self, prompts: Prompts, **options: Any) -> GenerationResult:
         """Generate to the end; takes the arguments of :meth:`stream`.
@@ -216,7 +213,7 @@ def load(
     threads: int | None = None,
     max_batch: int | None = None,
     max_length: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
     plugin_library: str | Path | None = None,
     gpu: int = 0,
 ) -> LanguageModel:
@@ -227,7 +224,7 @@ def load(
         threads: intra-op threads of the CPU; None is one a physical core.
         max_batch: at most so many sequences at once, others wait; at most, and by default, the bundle's limit, or 32.
         max_length: prompt and answer together, in tokens; at most, and by default, the bundle's limit.
-        prefill_chunk: tokens of a prefill step: larger is faster, smaller takes less memory.
+        prefill_chunk: tokens of a prefill step; smaller takes less memory; by default what is fast on a CPU or a GPU.
         plugin_library: libqwenforge_ort.so for an ort-cuda bundle that needs it; by default from the environment or
             where it is built.
         gpu: number of the GPU, for an ort-cuda bundle.
@@ -239,7 +236,7 @@ def load(
     """
     from qwenforge.bundle import Bundle
 
-    if prefill_chunk < 1:
+    if prefill_chunk is not None and prefill_chunk < 1:
         raise UserError(f"prefill_chunk is {prefill_chunk}: give at least 1")
     bundle = Bundle.open(Path(path))
     manifest = bundle.manifest

@@ -148,7 +148,8 @@ class Sampler:
         Raises:
             BundleError: the logits hold a NaN or an infinite best score.
         """
-        best = scores.max()
+        first = scores.argmax()  # of a NaN, where there is one
+        best = scores[first]
         if not np.isfinite(best):
             raise BundleError(
                 f"the model's logits hold {best}: its weights are damaged, or float16 overflowed; "
@@ -156,7 +157,7 @@ class Sampler:
             )
         processed = process(scores, self.options, seen)
         if self.options.greedy:
-            return int(processed.argmax())
+            return int(first if processed is scores else processed.argmax())
         candidates = np.flatnonzero(processed > -np.inf)
         cumulative = np.cumsum(_softmax(processed[candidates]))
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")

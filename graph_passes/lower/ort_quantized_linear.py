@@ -132,7 +132,7 @@ class LowerQuantizedLinear(FusionPass):
     ) -> None:
         key = (activations.value, activations.scale)
         if key not in self._codes:
-            self._codes[key] = self._quantize(model, node, activations)
+            self._codes[key] = self._quantize(model, node, activations, dims(rows.codes)[1])
         given = self._codes[key]
         scope = str(node.inputs[1].name) if node.inputs[1] is not None else str(node.name)
         codes = add_initializer(model, f"{scope}.rows", weights.transpose(rows.codes, (1, 0)))
@@ -154,35 +154,41 @@ class LowerQuantizedLinear(FusionPass):
         replace_node(model, node, [tag(each, self.name) for each in nodes], nodes[-1].outputs)
         model.graph.opset_imports[MICROSOFT] = 1
 
-    def _quantize(self, model: ir.Model, node: ir.Node, activations: Activations) -> TokenCodes:
-        """uint8 codes of the activations, in front of ``node``, their first reader."""
+    def _quantize(self, model: ir.Model, node: ir.Node, activations: Activations, columns: int) -> TokenCodes:
+        """uint8 codes of the activations [.., columns], in front of ``node``, their first reader."""
         x, name = activations.value, f"{activations.value.name}"
         middle = constant(model, "activations.middle", np.array(128, np.uint8))
         nodes: list[ir.Node] = []
 
-        def add(op_type: str, inputs: list[ir.Value], what: str, last: int | None, **attributes: int) -> ir.Value:
+        def add(op_type: str, inputs: list[ir.Value], what: str, dtype: str = "FLOAT", **attributes: int) -> ir.Value:
             made = tag(ir.node(op_type, inputs, attributes, name=f"{name}.{what}"), self.name)
-            value = made.outputs[0]
-            value.name, value.type = f"{name}.{what}", x.type
-            if x.shape is not None:
-                value.shape = x.shape if last is None else ir.Shape([*x.shape[:-1], last])
             nodes.append(made)
+            value = made.outputs[0]
+            value.name, value.type = f"{name}.{what}", ir.TensorType(ir.DataType[dtype])
             return value
 
         if activations.scale is not None:
             static = add_initializer(model, f"{name}.scale", ir.tensor(np.float32(activations.scale)))
-            scale, given = None, x
+            scale, codes = None, add("QuantizeLinear", [x, static, middle], "codes", "UINT8")
         else:
             static = constant(model, "activations.one", np.array(1, np.float32))
             axis = constant(model, "activations.last_axis", np.array([-1]))
             step = constant(model, "activations.step", np.array(1 / 127, np.float32))
+            minus_step = constant(model, "activations.minus_step", np.array(-1 / 127, np.float32))
             least = constant(model, "activations.least", np.array(1e-30, np.float32))
-            largest = add("ReduceMax", [add("Abs", [x], "abs", None), axis], "largest", 1, keepdims=1)
+            matrix = constant(model, f"activations.rows_of_{columns}", np.array([-1, columns]))
+            # Two reductions only read the activations; the largest of their Abs would write them once more.
+            above = add("Mul", [add("ReduceMax", [x, axis], "largest", keepdims=1), step], "above")
+            below = add("Mul", [add("ReduceMin", [x, axis], "smallest", keepdims=1), minus_step], "below")
             # A token of zeros only has the scale 0, by which nothing can be divided.
-            scale = add("Max", [add("Mul", [largest, step], "step", 1), least], "token_scale", 1)
-            given = add("Div", [x, scale], "scaled", None)
-        codes = add("QuantizeLinear", [given, static, middle], "codes", None)
-        codes.type = ir.TensorType(ir.DataType.UINT8)
+            scale = add("Max", [above, below, least], "token_scale")
+            # A scale for each row is for QuantizeLinear to divide by: a Div in front of it would write once more.
+            scales = add("Reshape", [scale, axis], "token_scales")
+            points = add("Expand", [middle, add("Shape", [scales], "tokens", "INT64")], "zero_points", "UINT8")
+            rows = add("Reshape", [x, matrix], "rows")
+            row_codes = add("QuantizeLinear", [rows, scales, points], "row_codes", "UINT8", axis=0)
+            codes = add("Reshape", [row_codes, add("Shape", [x], "shape", "INT64")], "codes", "UINT8")
+        codes.shape = x.shape
         model.graph.insert_before(node, nodes)
         return TokenCodes(codes, static, scale)
 
