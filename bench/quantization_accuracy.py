@@ -8,6 +8,9 @@ vocabulary projection stays unquantized for everyone, and so do routers.
 
 * qwenforge: each recipe through calibration and :func:`apply_plan`, run by ONNX Runtime.
 * NVIDIA ModelOpt: fake-quantized PyTorch models by its own configurations, in an environment of its own.
+* llama.cpp: Q8_0, Q4_0 and, where all rows are multiples of 256, Q4_K_M, in an environment of its own, embedding and
+  vocabulary projection in float16. Its products round activations to 8 bits by 32, which is in the figures; those of
+  its float16 model show what its other arithmetic adds.
 * ONNX Runtime's MatMulNBits quantizer (round to nearest, HQQ) on the unquantized graph's dense products; it leaves
   experts unquantized, so that with experts its figures are not of equals.
 """
@@ -15,6 +18,7 @@ vocabulary projection stays unquantized for everyone, and so do routers.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge.bench.circumstances import circumstances
+from qwenforge.bench.peers import llama
 from qwenforge.bench.peers import nvidia_modelopt as modelopt
 from qwenforge.bench.report_file import check_report_file, write_report
 from qwenforge.calibration import recipes
@@ -36,10 +41,11 @@ from qwenforge.calibration.data import CalibrationData, load_calibration_data
 from qwenforge.calibration.heldout import HeldOutText, load_heldout
 from qwenforge.engine.window_runner import WindowRunner
 from qwenforge.errors import UserError
+from qwenforge.exporter import weights
 from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.external_data import save_model
 from qwenforge.exporter.instantiate import instantiate
-from qwenforge.exporter.trace import trace
+from qwenforge.exporter.trace import TracedModel, trace
 from qwenforge.graph_passes.pipeline import optimize
 from qwenforge.graph_passes.quantize.apply import apply_plan
 from qwenforge.graph_passes.quantize.sites import KEPT_BY_DEFAULT, find_sites
@@ -68,10 +74,16 @@ class Setting:
     heldout: HeldOutText
     folder: Path
 
+    @functools.cached_property
+    def _traced(self) -> tuple[ir.Model, TracedModel]:
+        """The fused graph, and what is known of the trace that it was made of."""
+        traced = trace(self.checkpoint, ir.DataType.FLOAT)
+        return optimize(traced.model, positions=_POSITIONS).model, traced
+
     def portable(self) -> ir.Model:
         """A new unquantized portable model in fp32 with lazy weights."""
-        traced = trace(self.checkpoint, ir.DataType.FLOAT)
-        return instantiate(optimize(traced.model, positions=_POSITIONS).model, traced, self.checkpoint)
+        fused, traced = self._traced
+        return instantiate(fused.clone(), traced, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -135,15 +147,51 @@ def modelopt_logits(python: Path, config: str) -> Callable[[Setting], Logits]:
     return run
 
 
-def subjects(python: Path | None) -> list[Subject]:
-    """Everybody, equals beside each other; ModelOpt where there is an interpreter with it."""
+def llama_logits(python: Path, number_format: llama.Format) -> Callable[[Setting], Logits]:
+    """llama.cpp's own quantized model, run by it."""
+
+    def run(setting: Setting) -> Logits:
+        folder = setting.folder / "llama.cpp"
+        model = llama.build(python, setting.checkpoint.folder, folder, number_format, keep_vocabulary=True)
+        return iter(llama.logits(python, model, setting.heldout.windows, folder))
+
+    return run
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Interpreters of environments with peers; None for those that are not to be measured."""
+
+    modelopt: Path | None = None
+    llama: Path | None = None
+
+    @classmethod
+    def in_folder(cls, folder: Path | None) -> Peers:
+        """Those of the environments in ``folder``, made where they are missing; None for no peers."""
+        if folder is None:
+            return cls()
+        return cls(
+            modelopt=modelopt.environment(folder / "modelopt-environment"),
+            llama=llama.environment(folder / "llama-cpp-environment"),
+        )
+
+    def versions(self) -> list[str]:
+        """What is measured."""
+        found = [modelopt.version(self.modelopt)] if self.modelopt is not None else []
+        return found + ([llama.version(self.llama)] if self.llama is not None else [])
+
+
+def subjects(peers: Peers, widths: set[int]) -> list[Subject]:
+    """Everybody, equals beside each other, the peers that there are among them.
+
+    ``widths`` are those of the matrices' rows: K-quants need multiples of 256.
+    """
     int4 = recipes.get("int4-weight-only")
     found = [
         Subject("qwenforge int8-weight-only", "int8 weights", our_logits(recipes.get("int8-weight-only"))),
         Subject("qwenforge int8-w8a8", "int8 weights and activations", our_logits(recipes.get("int8-w8a8"))),
         Subject("qwenforge fp8", "fp8 weights and activations", our_logits(recipes.get("fp8"))),
         Subject("qwenforge int4-weight-only", "int4 weights, groups of 128", our_logits(int4)),
-        Subject("qwenforge int4-gptq", "int4 weights, groups of 128", our_logits(recipes.get("int4-gptq"))),
     ]
     plain = int4.changed(smoothing=None, clipping=False, rounding="nearest")
     found.append(Subject("qwenforge round to nearest", "int4 weights, groups of 128", our_logits(plain)))
@@ -155,9 +203,16 @@ def subjects(python: Path | None) -> list[Subject]:
     for name, config, arguments in tools:
         run = onnxruntime_logits(config, **arguments)
         found.append(Subject(f"ONNX Runtime {name}", "int4 weights, groups of 128", run))
-    if python is not None:
+    by_32 = int4.changed(group_size=32)
+    found.append(Subject("qwenforge int4-weight-only by 32", "int4 weights, groups of 32", our_logits(by_32)))
+    if peers.modelopt is not None:
         for config, weight_format in MODELOPT_CONFIGS.items():
-            found.append(Subject(f"ModelOpt {config}", weight_format, modelopt_logits(python, config)))
+            found.append(Subject(f"ModelOpt {config}", weight_format, modelopt_logits(peers.modelopt, config)))
+    if peers.llama is not None:
+        for number_format, weight_format in LLAMA_FORMATS.items():
+            if number_format != "q4_k_m" or not any(width % llama.K_QUANT_BLOCK for width in widths):
+                run = llama_logits(peers.llama, number_format)
+                found.append(Subject(f"llama.cpp {number_format.upper()}", weight_format, run))
     return sorted(found, key=lambda subject: subject.format)
 
 
@@ -170,6 +225,14 @@ MODELOPT_CONFIGS = {
 }
 """ModelOpt's configurations and what they quantize."""
 
+LLAMA_FORMATS: dict[llama.Format, str] = {
+    "f16": "not quantized",
+    "q8_0": "int8 weights",
+    "q4_0": "int4 weights, groups of 32",
+    "q4_k_m": "int4 weights, groups of 32",
+}
+"""llama.cpp's formats beside those that are nearest to them: 8.5, 4.5 and 4.5 to 6.6 bits a weight."""
+
 
 def judge(setting: Setting, logits: Logits) -> DistributionAccuracy:
     """``logits`` against the unquantized model's, window by window."""
@@ -181,12 +244,13 @@ def judge(setting: Setting, logits: Logits) -> DistributionAccuracy:
     return comparison.result()
 
 
-def measure(checkpoint: Path, python: Path | None, *, rows: int, windows: int) -> dict[str, Any]:
+def measure(checkpoint: Path, peers: Peers, *, rows: int, windows: int) -> dict[str, Any]:
     """The report: circumstances, settings and the figures of everybody.
 
     Raises:
         UserError: the checkpoint cannot be opened, or a peer fails.
     """
+    circumstances_at_start = circumstances()
     source = Checkpoint.open(checkpoint)
     vocabulary = source.config.vocab_size
     files = source.tokenizer_files
@@ -198,7 +262,8 @@ def measure(checkpoint: Path, python: Path | None, *, rows: int, windows: int) -
     with TemporaryDirectory(prefix="quantization-") as folder:
         setting = Setting(source, Path(folder) / "unquantized.onnx", data, text, Path(folder))
         save_model(setting.portable(), setting.unquantized)
-        for subject in subjects(python):
+        widths = {weights.dims(site.weight)[0] for site in find_sites(setting.portable()).linear.values()}
+        for subject in subjects(peers, widths):
             found = judge(setting, subject.logits(setting)).to_json()
             found.pop("kl_histogram")
             figures[subject.name] = {"format": subject.format, **found}
@@ -207,9 +272,9 @@ def measure(checkpoint: Path, python: Path | None, *, rows: int, windows: int) -
         "checkpoint": source.folder.resolve().name,
         "calibration": f"{data.source}: {data.tokens.shape[0]} rows of {data.tokens.shape[1]} tokens",
         "heldout": f"{text.source}: {text.windows.shape[0]} windows of {text.windows.shape[1]} tokens",
-        "peers": [modelopt.version(python)] if python is not None else [],
+        "peers": peers.versions(),
     }
-    return {**circumstances(), "settings": settings, "subjects": figures}
+    return {**circumstances_at_start, "settings": settings, "subjects": figures}
 
 
 def main() -> int:
@@ -224,8 +289,8 @@ def main() -> int:
     try:
         if arguments.json is not None:
             check_report_file(arguments.json)
-        python = modelopt.environment(arguments.peers / "modelopt-environment") if arguments.peers is not None else None
-        report = measure(arguments.checkpoint, python, rows=arguments.rows, windows=arguments.windows)
+        peers = Peers.in_folder(arguments.peers)
+        report = measure(arguments.checkpoint, peers, rows=arguments.rows, windows=arguments.windows)
         if arguments.json is not None:
             write_report(arguments.json, report)
     except UserError as error:

@@ -48,11 +48,12 @@ class Activation:
             found.add(tokens / divisors)
         return found
 
-    def second_moments(self, divisors: Array) -> Array:
-        """[K, K] float32, the mean of x x^T with channels divided by ``divisors``."""
-        found = np.zeros((self.channels, self.channels), np.float32)
+    def second_moments(self, divisors: Array, channels: slice) -> Array:
+        """[k, k] float32 of some channels: the mean of x x^T with channels divided by ``divisors`` [K]."""
+        divisors = divisors[channels]
+        found = np.zeros((len(divisors), len(divisors)), np.float32)
         for tokens in self._spilled.tokens(self._rows):
-            divided = tokens / divisors
+            divided = tokens[:, channels] / divisors
             found += divided.T @ divided
         found /= np.float32(self.count)
         return found

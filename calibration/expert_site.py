@@ -15,14 +15,15 @@ import numpy.typing as npt
 
 from qwenforge.calibration.activations import SAMPLE_TOKENS
 from qwenforge.calibration.experts import Experts, hidden
-from qwenforge.calibration.gptq import round_with_compensation
+from qwenforge.calibration.gptq import CompensatedRounding
 from qwenforge.calibration.matrices import rounded
 from qwenforge.calibration.observers import ChannelStatistics, MagnitudeHistogram
-from qwenforge.calibration.ranges import choose_range, scale_of
+from qwenforge.calibration.ranges import choose_range, round_to_codes, scale_of
 from qwenforge.calibration.recipes import Recipe, is_override
 from qwenforge.calibration.smoothing import awq_candidates, output_errors
 from qwenforge.calibration.weight_scales import clipped_scales, group_scales, tensor_scales
 from qwenforge.calibration.work_folder import Coverage
+from qwenforge.exporter.transforms import spread_groups
 from qwenforge.graph_passes.quantize.plan import SitePlan
 
 Array = npt.NDArray[Any]
@@ -129,9 +130,11 @@ class ExpertCalibration:
             scales = group_scales(matrix, weight, group)
         result.numbers[f"{part}_scales"] = scales
         if self._recipe.rounding == "gptq" and weight != "fp8":
-            # Without tokens all channels count alike, which rounds to nearest.
-            moments = moments if moments is not None else np.eye(matrix.shape[1], dtype=np.float32)
-            codes = round_with_compensation(matrix, moments, scales, weight_format=weight, group_size=group)
+            steps = spread_groups(scales, group, matrix.shape[1])
+            if moments is not None:
+                codes = CompensatedRounding(moments).round(matrix, steps, weight)
+            else:
+                codes = round_to_codes(matrix / steps, weight).astype(np.int8)
             result.numbers[f"{part}_codes"] = codes
 
     def _observe(self, expert: int) -> _Observed:

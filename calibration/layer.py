@@ -15,16 +15,23 @@ import numpy.typing as npt
 
 from qwenforge.calibration.activations import Activation
 from qwenforge.calibration.expert_site import ExpertCalibration
-from qwenforge.calibration.gptq import round_with_compensation
+from qwenforge.calibration.gptq import CompensatedRounding, channel_blocks
 from qwenforge.calibration.matrices import read_matrix, rounded
+from qwenforge.calibration.observers import MagnitudeHistogram
 from qwenforge.calibration.outliers import outliers
 from qwenforge.calibration.places import Place
-from qwenforge.calibration.ranges import choose_range, scale_of
+from qwenforge.calibration.ranges import choose_range, round_to_codes, scale_of
 from qwenforge.calibration.recipes import Recipe, is_override
-from qwenforge.calibration.smoothing import awq_candidates, output_errors, smoothquant_factors
+from qwenforge.calibration.smoothing import (
+    SMOOTHQUANT_STRENGTHS,
+    awq_candidates,
+    output_errors,
+    smoothquant_factors,
+)
 from qwenforge.calibration.weight_scales import clipped_scales, group_scales, tensor_scales
 from qwenforge.calibration.work_folder import Outlier, PieceResult
 from qwenforge.exporter import weights
+from qwenforge.exporter.transforms import spread_groups
 from qwenforge.graph_passes.quantize.plan import SitePlan
 from qwenforge.graph_passes.quantize.sites import LinearSite
 
@@ -56,6 +63,7 @@ class LayerCalibration:
     tensors: dict[str, Array] = field(default_factory=dict)
     columns: dict[str, Array] = field(default_factory=dict)
     row_divisors: dict[str, Array] = field(default_factory=dict)
+    _kept_rounding: tuple[tuple[int, bytes, int], CompensatedRounding] | None = field(default=None, init=False)
 
     def run(self, done: Done) -> PieceResult:
         """Calibrate the piece; its numbers are in ``tensors`` afterwards, under a plan's names."""
@@ -129,22 +137,38 @@ class LayerCalibration:
         choices: Mapping[str, SitePlan],
     ) -> Array:
         activation = self._input(place)
+        sample = activation.sample()
+        quantized_inputs = None
         if self.recipe.smoothing == "smoothquant":
             columns = [np.abs(self._matrix(site)).max(0) for site in readers]
             columns += [experts.column_maxima()] if experts is not None else []
             largest = place.shared(np.maximum.reduce(columns), np.maximum)
             inputs = place.shared(activation.statistics.largest, np.maximum)
-            return smoothquant_factors(inputs, largest, self.recipe.smoothing_strength)
-        candidates = awq_candidates(place.shared(activation.statistics.mean_magnitude, np.add))
-        spread = [place.spread(factors) for factors in candidates]
+            if self.recipe.smoothing_strength is not None:
+                return smoothquant_factors(inputs, largest, self.recipe.smoothing_strength)
+            candidates = [smoothquant_factors(inputs, largest, strength) for strength in SMOOTHQUANT_STRENGTHS]
+            spread = [place.spread(factors) for factors in candidates]
+            quantized_inputs = [self._quantized_inputs(sample, factors) for factors in spread]
+        else:
+            candidates = awq_candidates(place.shared(activation.statistics.mean_magnitude, np.add))
+            spread = [place.spread(factors) for factors in candidates]
         errors = np.zeros(len(candidates))
-        sample = activation.sample()
         for site in readers:
             quantized = functools.partial(rounded, choice=choices[site.name])
-            errors += output_errors(sample, self._matrix(site), spread, quantized)
+            errors += output_errors(sample, self._matrix(site), spread, quantized, quantized_inputs)
         if experts is not None:
             errors += experts.output_errors(spread)
         return candidates[int(np.argmin(errors))]
+
+    def _quantized_inputs(self, sample: Array, factors: Array) -> Array:
+        """What ``sample`` [T, K] becomes, divided by ``factors`` on the way, with a range of its own."""
+        assert self.recipe.activation is not None
+        divided, histogram = sample / factors, MagnitudeHistogram()
+        histogram.add(divided)
+        largest = choose_range(histogram, self.recipe.activation_range, self.recipe.activation, self.recipe.percentile)
+        scale = np.float32(scale_of(largest, self.recipe.activation))
+        values: Array = round_to_codes(divided / scale, self.recipe.activation) * scale * factors
+        return values
 
     def _input(self, place: Place) -> Activation:
         for name in place.readers:
@@ -169,12 +193,22 @@ class LayerCalibration:
             scales = group_scales(matrix, choice.weight, group)
         self.tensors[f"{site.name}.weight_scales"] = scales
         if self.recipe.rounding == "gptq" and activation is not None and choice.weight != "fp8":
-            moments = activation.second_moments(divisors)
-            self.tensors[f"{site.name}.weight_codes"] = round_with_compensation(
-                matrix, moments, scales, weight_format=choice.weight, group_size=group
-            )
+            steps = np.broadcast_to(spread_groups(scales, group, matrix.shape[1]), matrix.shape)
+            codes = np.empty(matrix.shape, np.int8)
+            for block in channel_blocks(matrix.shape[1]):
+                rounding = self._rounding(activation, divisors, block)
+                codes[:, block] = rounding.round(matrix[:, block], steps[:, block], choice.weight)
+            self.tensors[f"{site.name}.weight_codes"] = codes
         found = outliers(np.abs(matrix).max(1), site.name, "weight row")
         return found + outliers(np.abs(self._matrix(site)).max(0), site.name, "weight column")
+
+    def _rounding(self, activation: Activation, divisors: Array, block: slice) -> CompensatedRounding:
+        """For a block of input channels; kept until another is asked for: q, k and v share it."""
+        key = (id(activation), divisors.tobytes(), block.start)
+        if self._kept_rounding is None or self._kept_rounding[0] != key:
+            self._kept_rounding = None  # its memory first
+            self._kept_rounding = (key, CompensatedRounding(activation.second_moments(divisors, block)))
+        return self._kept_rounding[1]
 
     def _activations(self, site: LinearSite, choice: SitePlan, ranges: dict[tuple[int, bytes, str], float]) -> None:
         """The static scale of the input, once for all that read it."""

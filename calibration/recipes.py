@@ -9,9 +9,7 @@ recipe                 weights; activations; how
 ``int8-w8a8``          int8, a scale a row; int8, one static scale a tensor; SmoothQuant (Xiao et al. 2022)
 ``int8-weight-only``   int8, a scale a row; as they are; needs no text
 ``int4-weight-only``   int4, a scale for 128 columns of a row; as they are; activation-aware scales and clipping
-                       (AWQ, Lin et al. 2023)
-``int4-gptq``          the same, each column's error made up for by later ones (GPTQ, Frantar et al. 2022): about half
-                       the error, for more time and 24 K^2 bytes of memory, K the widest input
+                       (AWQ, Lin et al. 2023), each column's error made up for by others (GPTQ, Frantar et al. 2022)
 ``fp8``                E4M3, a scale a row; E4M3, one static scale a tensor
 =====================  =======================================================================================
 
@@ -96,8 +94,10 @@ class Recipe(_Part):
         activation_range: how the largest magnitude that an activation scale covers is chosen
             (:mod:`qwenforge.calibration.ranges`).
         percentile: of magnitudes that ``percentile`` covers, in percent.
-        smoothing: how range moves between activations and weights: ``smoothquant`` by a formula, ``awq`` by a search.
-        smoothing_strength: SmoothQuant's alpha: 0 leaves all range with the activations, 1 gives it to the weights.
+        smoothing: how range moves between activations and weights: ``smoothquant`` by the largest magnitudes of both,
+            ``awq`` by those of activations.
+        smoothing_strength: SmoothQuant's alpha: 0 leaves all range with the activations, 1 gives it to the weights;
+            None searches for it place by place.
         clipping: search for each group's weights a scale below their largest magnitude that harms the outputs less.
         rounding: ``nearest``, or ``gptq``: column by column, later columns making up for the errors of earlier ones.
         cache: an 8-bit key/value cache.
@@ -115,7 +115,7 @@ class Recipe(_Part):
     activation_range: RangeMethod = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     smoothing: Literal["smoothquant", "awq"] | None = None
-    smoothing_strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    smoothing_strength: Annotated[float, Field(ge=0, le=1)] | None = None
     clipping: bool = False
     rounding: Literal["nearest", "gptq"] = "nearest"
     cache: Literal["fp8", "int8"] | None = None
@@ -192,14 +192,6 @@ _RECIPES = {
         Recipe(name="int8-weight-only", weight="int8"),
         Recipe(
             name="int4-weight-only",
-            weight="int4",
-            weight_granularity="group",
-            group_size=_DEFAULT_INT4_GROUP,
-            smoothing="awq",
-            clipping=True,
-        ),
-        Recipe(
-            name="int4-gptq",
             weight="int4",
             weight_granularity="group",
             group_size=_DEFAULT_INT4_GROUP,

@@ -3,7 +3,8 @@
 Both methods give factors s [K], one an input channel; inputs are divided by s and the matrices' columns multiplied.
 
 *SmoothQuant* (Xiao et al. 2022, arXiv:2211.10438, equation 4): s_j = max|x_j|^a / max|w_j|^(1-a), the second maximum
-over all matrices that read the input. For 8-bit activations.
+over all matrices that read the input. For 8-bit activations. Which a is best differs from place to place; it is taken
+from a grid over [0, 1] by the products' outputs when inputs and smoothed matrices are quantized, unless it is given.
 
 *AWQ* (Lin et al. 2023, arXiv:2306.00978, equations 4 and 5): s_j = mean|x_j|^a, with the a of a grid over [0, 1) that
 moves the products' outputs least when the smoothed matrices are quantized. Factors are scaled so that the geometric
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+SMOOTHQUANT_STRENGTHS = tuple(step / 10 for step in range(11))
 AWQ_STRENGTHS = tuple(step / 20 for step in range(20))
 
 _LEAST = 1e-5
@@ -54,7 +56,11 @@ def awq_candidates(mean_magnitudes: Array) -> list[Array]:
 
 
 def output_errors(
-    inputs: Array, matrix: Array, candidates: Sequence[Array], quantized: Callable[[Array], Array]
+    inputs: Array,
+    matrix: Array,
+    candidates: Sequence[Array],
+    quantized: Callable[[Array], Array],
+    quantized_inputs: Sequence[Array] | None = None,
 ) -> Array:
     """The mean squared change of a product's outputs by quantization, for each candidate; float64.
 
@@ -63,9 +69,14 @@ def output_errors(
         matrix: [N, K].
         candidates: factors, each [K].
         quantized: gives the values [N, K] that a smoothed matrix is quantized to.
+        quantized_inputs: for each candidate, the values [T, K] that the inputs are quantized to, not divided by its
+            factors; None where inputs are not quantized.
     """
     errors = np.empty(len(candidates))
     for index, factors in enumerate(candidates):
         change = quantized(matrix * factors) / factors - matrix
-        errors[index] = np.square(inputs @ change.T, dtype=np.float64).mean()
+        outputs = inputs @ change.T
+        if quantized_inputs is not None:
+            outputs += (quantized_inputs[index] - inputs) @ (matrix + change).T
+        errors[index] = np.square(outputs, dtype=np.float64).mean()
     return errors

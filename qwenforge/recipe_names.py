@@ -18,7 +18,6 @@ RECIPE_PRECISIONS: Mapping[str, str] = MappingProxyType(
         "int8-w8a8": "int8",
         "int8-weight-only": "int8",
         "int4-weight-only": "int4",
-        "int4-gptq": "int4",
     }
 )
 """The precision of the weights by recipe, from the most exact to the smallest."""

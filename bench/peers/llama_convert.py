@@ -1,7 +1,8 @@
 """Runs in the peer's environment: a Qwen2 or Qwen2-MoE checkpoint to GGUF, then to a format of llama.cpp's own.
 
-``python llama_convert.py CHECKPOINT OUTPUT.gguf f16|q8_0|q4_0``. The names are those of llama.cpp's converter; the
-file has no tokenizer, since the measurement gives token ids. Experts are stacked, as that converter does.
+``python llama_convert.py CHECKPOINT OUTPUT.gguf f16|q8_0|q4_0|q4_k_m [keep-vocabulary]``. The names are those of
+llama.cpp's converter; the file has no tokenizer, since the measurement gives token ids. Experts are stacked, as that
+converter does. The last word leaves the embedding and the vocabulary projection in float16.
 """
 
 import json
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 _STORED = {"F32": np.float32, "F16": np.float16}
-_FTYPES = {"q8_0": 7, "q4_0": 2}  # llama_ftype in llama.h
+_FTYPES = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15}  # llama_ftype in llama.h
+_TYPE_FLOAT16 = 1  # ggml_type in ggml.h
 _FLOAT16 = 1
 
 
@@ -25,13 +27,13 @@ def main() -> None:
     plain = output.with_name("f16.gguf")
     if not plain.is_file():
         partial = plain.with_suffix(".partial")
-        _write(config, checkpoint / "model.safetensors", partial)
+        _write(config, checkpoint, partial)
         os.replace(partial, plain)
     if number_format != "f16":
-        _quantize(plain, output, _FTYPES[number_format])
+        _quantize(plain, output, _FTYPES[number_format], keep_vocabulary=sys.argv[4:] == ["keep-vocabulary"])
 
 
-def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
+def _write(config: dict[str, Any], checkpoint: Path, output: Path) -> None:
     import gguf  # type: ignore[import-not-found]
 
     sparse = "num_experts" in config
@@ -44,7 +46,7 @@ def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(config.get("rope_parameters", config)["rope_theta"])  # by transformers 5, before it
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
@@ -55,7 +57,7 @@ def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     names = gguf.get_tensor_name_map(architecture, layers)
-    for name, tensor in _merged(_tensors(weights), config):
+    for name, tensor in _merged(_tensors(checkpoint), config):
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise SystemExit(f"{name} has no name in llama.cpp")
@@ -68,14 +70,22 @@ def _write(config: dict[str, Any], weights: Path, output: Path) -> None:
     writer.close()
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Name and values of every tensor of a safetensors file, mapped."""
-    mapped = np.memmap(path, np.uint8, "r")
-    length = int(mapped[:8].view(np.uint64)[0])
-    for name, entry in json.loads(mapped[8 : 8 + length].tobytes()).items():
-        if name != "__metadata__":
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
-            yield name, mapped[start:end].view(_STORED[entry["dtype"]]).reshape(entry["shape"])
+def _tensors(checkpoint: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Name and values of every tensor of a checkpoint's safetensors files, mapped."""
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        mapped = np.memmap(path, np.uint8, "r")
+        length = int(mapped[:8].view(np.uint64)[0])
+        for name, entry in json.loads(mapped[8 : 8 + length].tobytes()).items():
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                yield name, _values(mapped[start:end], entry["dtype"]).reshape(entry["shape"])
+
+
+def _values(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
+    """Bytes as numbers, bfloat16 as float32: it is the upper half of one."""
+    if dtype == "BF16":
+        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return stored.view(_STORED[dtype])
 
 
 def _merged(
@@ -96,11 +106,13 @@ def _merged(
             yield f"{layer}.mlp.experts.{kind}.weight", np.stack([matrices[each] for each in range(len(matrices))])
 
 
-def _quantize(source: Path, output: Path, ftype: int) -> None:
+def _quantize(source: Path, output: Path, ftype: int, *, keep_vocabulary: bool) -> None:
     import llama_cpp  # type: ignore[import-not-found]
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = ftype
+    if keep_vocabulary:
+        params.quantize_output_tensor, params.token_embedding_type = False, _TYPE_FLOAT16
     partial = output.with_suffix(".partial")
     if llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), params):
         raise SystemExit(f"llama.cpp cannot quantize {source}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from qwenforge.calibration import recipes
 from qwenforge.calibration.accuracy import DistributionAccuracy
 from qwenforge.calibration.budget import Budget, default_budget, parse_budget
 from qwenforge.errors import UserError
 
+MEASURED = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*-cpu-quantization-accuracy-*.json"))
 BUDGET = Budget(kl=0.02, ppl=1.02, top1=0.97)
 GOOD = DistributionAccuracy(100, 10.0, 10.1, 0.01, 0.1, 0.2, 0.98, ())
 
@@ -68,5 +72,21 @@ def test_fewer_bits_and_quantized_activations_may_lose_more() -> None:
     int8 = default_budget("int8", activations=False, cache=False)
     w8a8 = default_budget("int8", activations=True, cache=False)
     int4 = default_budget("int4", activations=False, cache=False)
-    assert int8.kl < w8a8.kl < int4.kl
-    assert default_budget("int8", activations=False, cache=True) == w8a8
+    fp8 = default_budget("fp8", activations=True, cache=False)
+    assert int8.kl < w8a8.kl < fp8.kl < int4.kl
+    assert default_budget("int8", activations=False, cache=True) == fp8
+
+
+@pytest.mark.parametrize("recipe", [recipes.get(name) for name in recipes.NAMES], ids=lambda recipe: recipe.name)
+def test_default_budget_follows_from_the_measured_figures(recipe: recipes.Recipe) -> None:
+    """The rule of docs/accuracy.md: four times the KL, upwards; twice the positions that disagree, downwards."""
+    found = [json.loads(path.read_text())["subjects"][f"qwenforge {recipe.name}"] for path in MEASURED]
+    assert len(found) == 2
+    kl = 4 * max(each["mean_kl"] for each in found)
+    digit = 10.0 ** math.floor(math.log10(kl))
+    top1 = 1 - 2 * (1 - min(each["top1_agreement"] for each in found))
+    budget = default_budget(recipe.weight, activations=recipe.activation is not None, cache=False)
+    assert budget.kl == pytest.approx(math.ceil(kl / digit) * digit)
+    assert budget.ppl == pytest.approx(1 + budget.kl)
+    assert budget.top1 == pytest.approx(math.floor(top1 * 100) / 100)
+    assert all(each["perplexity_ratio"] < budget.ppl for each in found)

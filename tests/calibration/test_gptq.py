@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwenforge.calibration.gptq import round_with_compensation
+from qwenforge.calibration.gptq import WIDEST, CompensatedRounding, channel_blocks
 
 Array = np.ndarray[Any, Any]
+
+
+def round_with_compensation(
+    weight: Array, moments: Array, scales: Array, *, weight_format: Any, group_size: int, damping: float = 0.01
+) -> Array:
+    steps = np.repeat(scales, group_size, -1)
+    return CompensatedRounding(moments, damping).round(weight, steps, weight_format)
 
 
 def inputs_and_weight(tokens: int, columns: int, rows: int) -> tuple[Array, Array]:
@@ -87,18 +94,26 @@ def test_moments_of_few_tokens_can_be_factored() -> None:
     assert np.abs(codes).max() <= 8
 
 
+@pytest.mark.parametrize(("channels", "count"), [(1, 1), (WIDEST, 1), (WIDEST + 1, 2), (18944, 3)])
+def test_channel_blocks_are_as_few_as_memory_allows(channels: int, count: int) -> None:
+    blocks = channel_blocks(channels)
+    assert len(blocks) == count
+    assert [channel for block in blocks for channel in range(block.start, block.stop)] == list(range(channels))
+    assert max(block.stop - block.start for block in blocks) <= WIDEST
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"weight_format": "fp8"}, "not a signed integer"),
         ({"group_size": 16}, "do not fit"),
-        ({"second_moments": np.full((64, 64), np.nan)}, "not finite"),
+        ({"moments": np.full((64, 64), np.nan)}, "not finite"),
     ],
 )
 def test_impossible_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     inputs, weight = inputs_and_weight(128, 64, 4)
     arguments: dict[str, Any] = {
-        "second_moments": inputs.T @ inputs,
+        "moments": inputs.T @ inputs,
         "scales": group_scales(weight, 32, 7),
         "weight_format": "int4",
         "group_size": 32,

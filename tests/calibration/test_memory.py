@@ -9,7 +9,7 @@ from pathlib import Path
 from qwenforge.exporter.external_data import save_model
 from support.exported_models import exported
 
-LAYERS = 20
+LAYERS, WIDEST = 20, 2048
 CHILD = """
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ print(high_water_mark("self") - before)
 
 def test_peak_memory_is_that_of_a_layer_not_of_the_model(tmp_path: Path) -> None:
     recipe = "int4-weight-only"
-    model = exported("qwen2", hidden_size=512, intermediate_size=4096, num_hidden_layers=LAYERS).portable()
+    model = exported("qwen2", hidden_size=1024, intermediate_size=WIDEST, num_hidden_layers=LAYERS).portable()
     save_model(model, tmp_path / "model.onnx")
     weights = (tmp_path / "model.onnx.data").stat().st_size
     command = [sys.executable, "-c", CHILD, str(tmp_path / "model.onnx"), recipe, str(tmp_path / "work")]
@@ -39,5 +39,6 @@ def test_peak_memory_is_that_of_a_layer_not_of_the_model(tmp_path: Path) -> None
     taken = int(finished.stdout)
     layer = weights / LAYERS
     print(f"{recipe}: {taken / 1e6:.0f} MB taken, {weights / 1e6:.0f} MB of weights, {layer / 1e6:.0f} MB a layer")
-    # One layer mapped, one matrix of it (at most two thirds of a layer) in a search with a handful of temporaries.
-    assert taken < 7 * layer < 0.4 * weights
+    # One layer mapped, one matrix of it (at most half of a layer) in a search with a handful of temporaries, and the
+    # moments of the widest input in rounding.
+    assert taken < 7 * layer + 28 * WIDEST**2 < 0.55 * weights

@@ -46,7 +46,7 @@ def test_recipe_refuses_what_it_does_not_know(change: dict[str, object], said: s
 
 
 def test_get_names_the_recipes_there_are() -> None:
-    with pytest.raises(UserError, match="int8-w8a8, int8-weight-only, int4-weight-only, int4-gptq, fp8"):
+    with pytest.raises(UserError, match="int8-w8a8, int8-weight-only, int4-weight-only, fp8"):
         recipes.get("int2")
 
 

@@ -6,7 +6,13 @@ import numpy as np
 import torch
 
 from qwenforge.calibration.places import Place
-from qwenforge.calibration.smoothing import AWQ_STRENGTHS, awq_candidates, output_errors, smoothquant_factors
+from qwenforge.calibration.smoothing import (
+    AWQ_STRENGTHS,
+    SMOOTHQUANT_STRENGTHS,
+    awq_candidates,
+    output_errors,
+    smoothquant_factors,
+)
 from qwenforge.calibration.weight_scales import fake_quantized, group_scales
 
 
@@ -48,6 +54,34 @@ def test_awq_search_finds_the_least_error_of_the_grid() -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-2)  # float32 rounds a few codes the other way
     assert int(np.argmin(found)) == int(np.argmin(expected)) != 0
     assert np.all(candidates[0] == 1)
+
+
+def test_error_of_smoothquant_counts_inputs_and_weights() -> None:
+    inputs, weight = _case()
+    candidates = [
+        smoothquant_factors(np.abs(inputs).max(0), np.abs(weight).max(0), strength)
+        for strength in SMOOTHQUANT_STRENGTHS
+    ]
+
+    def rounded_inputs(factors: np.ndarray) -> np.ndarray:
+        divided = inputs / factors
+        scale = np.abs(divided).max() / 127
+        return np.rint(divided / scale) * scale * factors
+
+    def rounded_weight(matrix: np.ndarray) -> np.ndarray:
+        return fake_quantized(matrix, group_scales(matrix, "int8", 48), "int8", 48)
+
+    found = output_errors(inputs, weight, candidates, rounded_weight, [rounded_inputs(each) for each in candidates])
+    x, w = torch.from_numpy(inputs).double(), torch.from_numpy(weight).double()
+    expected = []
+    for strength in SMOOTHQUANT_STRENGTHS:
+        factors = x.abs().amax(0) ** strength / w.abs().amax(0) ** (1 - strength)
+        smooth, scaled = x / factors, w * factors
+        input_scale, weight_scales = smooth.abs().max() / 127, scaled.abs().amax(1, keepdim=True) / 127
+        outputs = (smooth / input_scale).round() @ (scaled / weight_scales).round().T * input_scale * weight_scales.T
+        expected.append((outputs - x @ w.T).square().mean().item())
+    np.testing.assert_allclose(found, expected, rtol=2e-2)  # float32 rounds a few codes the other way
+    assert int(np.argmin(found)) == int(np.argmin(expected)) != 5
 
 
 def test_factors_of_values_are_shared_by_the_query_heads_of_a_key_head() -> None:

@@ -18,7 +18,7 @@ from qwenforge.errors import UnsupportedError
 from qwenforge.recipe_names import RECIPE_PRECISIONS, offered, require_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes-by-device.md"
-INTEGERS = ("int8-w8a8", "int8-weight-only", "int4-weight-only", "int4-gptq")
+INTEGERS = ("int8-w8a8", "int8-weight-only", "int4-weight-only")
 
 
 def test_orin_and_a100_are_offered_integers_and_newer_devices_fp8_too() -> None:
@@ -36,7 +36,7 @@ def test_a_recipe_is_refused_exactly_where_it_is_not_offered(recipe: str, device
         return
     with pytest.raises(UnsupportedError, match=f"recipe {recipe} needs FP8, and {device} ") as refused:
         require_recipe(DEVICES[device], recipe)
-    assert "choose one of int8-w8a8, int8-weight-only, int4-weight-only, int4-gptq." in str(refused.value)
+    assert "choose one of int8-w8a8, int8-weight-only, int4-weight-only." in str(refused.value)
 
 
 def test_formats_of_a_recipe_of_ones_own_are_held_to_the_device_too() -> None:
@@ -49,8 +49,7 @@ def test_formats_of_a_recipe_of_ones_own_are_held_to_the_device_too() -> None:
 
 def test_recipes_have_the_same_names_everywhere() -> None:
     planned = {recipe.name: recipe.weight for recipe in RECIPES if recipe.name != "bf16"}
-    assert planned.items() <= RECIPE_PRECISIONS.items()
-    assert RECIPE_PRECISIONS.keys() - planned.keys() == {"int4-gptq"}  # of the size of int4-weight-only
+    assert planned == dict(RECIPE_PRECISIONS)
     assert set(calibrated.NAMES) == set(RECIPE_PRECISIONS)
     assert {name: calibrated.get(name).weight for name in calibrated.NAMES} == dict(RECIPE_PRECISIONS)
 
