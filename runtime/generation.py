@@ -126,9 +126,12 @@ def _compact(cache: KeyValueCache, rows: list[RunningSequence]) -> list[RunningS
 def _decode(session: GraphSession, cache: KeyValueCache, running: list[RunningSequence]) -> Iterator[TokenEvent]:
     """Steps of one token a sequence, until one of them ends."""
     step = session.bind(cache, first_row=0, batch=len(running), new_tokens=1, logits_count=1)
-    while all(sequence.finish_reason is None for sequence in running):
+    step.advance_positions(np.array([sequence.cached for sequence in running], np.int64))
+    while True:
         step.input_ids[:, 0] = [sequence.tokens[-1] for sequence in running]
-        step.advance_positions(np.array([sequence.cached for sequence in running], np.int64))
         logits = step.run()
         for row, sequence in enumerate(running):
             yield sequence.extend(logits[row, 0])
+        if any(sequence.finish_reason is not None for sequence in running):
+            return
+        step.advance_by_one()

@@ -150,7 +150,7 @@ class Sampler:
         """
         first = scores.argmax()  # of a NaN, where there is one
         best = scores[first]
-        if not np.isfinite(best):
+        if not math.isfinite(best):
             raise BundleError(
                 f"the model's logits hold {best}: its weights are damaged, or float16 overflowed; "
                 "export with --dtype fp32"

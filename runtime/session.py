@@ -294,6 +294,7 @@ class BoundStep:
         self._session = session
         self._cache = cache
         self._graph_id = graph_id
+        self._last = 0
         tokens, count = (batch, new_tokens), (batch, logits_count)
         shapes = dict(zip(_STEP_INPUTS, (tokens, tokens, (batch,), count), strict=True))
         self._inputs = {name: session.input_tensor(name, shape) for name, shape in shapes.items()}
@@ -331,6 +332,19 @@ class BoundStep:
             raise ValueError(f"a step to position {last} overruns a cache of {self._cache.capacity} tokens")
         self.cache_position[:] = starts
         self.position_ids[:] = starts[:, None] + np.arange(new_tokens)
+        self._last = last
+
+    def advance_by_one(self) -> None:
+        """Move the positions of a step of single tokens on by one, which costs less than setting them.
+
+        Raises:
+            ValueError: a row's new token would be written behind the cache's end.
+        """
+        self._last += 1
+        if self._last > self._cache.capacity:
+            raise ValueError(f"a step to position {self._last} overruns a cache of {self._cache.capacity} tokens")
+        self.cache_position += 1
+        self.position_ids += 1
 
     def run(self) -> NDArray[np.float32]:
         """Run the graph: the cache is updated in place; returns ``logits`` (the reused array).

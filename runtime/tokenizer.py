@@ -58,8 +58,11 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        with self._named_failures("the tokenizer cannot decode the tokens"):
+        try:
             return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        except BaseException:  # only then: entering the block for every token would show in the time of a step
+            with self._named_failures("the tokenizer cannot decode the tokens"):
+                raise
 
     def token_id(self, text: str) -> int | None:
         """The id of the token spelled ``text``, or None."""
