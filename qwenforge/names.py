@@ -18,6 +18,9 @@ tensor                     shape, dtype     meaning
 ``logits``                 [B, N, V] fp32   scores of the next token
 =========================  ===============  ==========================================================
 
+Caches are of the model's dtype, or INT8 or FP8 (E4M3) where the export quantized them; their scales are constants of
+the graph.
+
 A row's padding tokens are written behind its valid ones and overwritten by the next call, whose ``cache_position``
 counts valid tokens only; causality keeps them invisible to the valid tokens.
 """

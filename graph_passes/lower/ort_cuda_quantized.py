@@ -14,13 +14,13 @@ import onnx_ir as ir
 from qwenforge import names
 from qwenforge.errors import UnsupportedError
 from qwenforge.exporter import weights
-from qwenforge.exporter.block_codes import block_size, in_blocks
+from qwenforge.exporter.block_codes import block_size
 from qwenforge.exporter.quantized_weights import QuantizedWeight, as_quantized
 from qwenforge.graph_passes.functions import MIXTURE_OF_EXPERTS, QUANTIZED_ATTENTION, QUANTIZED_EXPERTS
-from qwenforge.graph_passes.infra import FusionPass, add_initializer, is_op, replace_node, tag
+from qwenforge.graph_passes.infra import FusionPass, is_op
+from qwenforge.graph_passes.lower.ort_block_product import multiply_blocks
 from qwenforge.graph_passes.quantize.sites import is_linear
 
-_MICROSOFT = "com.microsoft"
 _AS_THE_TOKENS = 0
 """accuracy_level: products in the dtype of the tokens."""
 
@@ -48,33 +48,15 @@ class CudaQuantizedLinear(FusionPass):
                 self.matches += 1
 
     def _rewrite(self, model: ir.Model, node: ir.Node, found: QuantizedWeight) -> None:
-        x, size, rows = node.inputs[0], block_size(found), weights.dims(found.codes)[0]
-        assert x is not None and x.dtype is not None and node.inputs[1] is not None
+        x, size = node.inputs[0], block_size(found)
+        assert x is not None
         if found.format == "fp8" or size is None:
             what = "is FP8" if found.format == "fp8" else f"has groups of {found.group_size} columns"
             raise UnsupportedError(
                 f"the weight of node {node.name} {what}, and ONNX Runtime on CUDA multiplies 4 and 8 bit integers in "
                 "blocks of 16 to 128; use int8-weight-only or int4-weight-only, or --target tensorrt."
             )
-        stored, scope = in_blocks(found, size), node.inputs[1].name
-        shape = (rows, weights.dims(stored.scales)[1], size * stored.bits // 8)
-        inputs: list[ir.Value | None] = [
-            x,
-            add_initializer(model, f"{scope}.blocks", weights.reshape(stored.codes, shape)),
-            add_initializer(model, f"{scope}.scales", weights.cast(stored.scales, x.dtype)),
-        ]
-        if stored.zero_points is not None:
-            inputs.append(add_initializer(model, f"{scope}.zero_points", stored.zero_points))
-        attributes = {
-            "K": weights.dims(found.codes)[1],
-            "N": rows,
-            "bits": stored.bits,
-            "block_size": size,
-            "accuracy_level": _AS_THE_TOKENS,
-        }
-        product = ir.node("MatMulNBits", inputs, attributes, domain=_MICROSOFT, name=node.name)
-        replace_node(model, node, [tag(product, self.name)], product.outputs)
-        model.graph.opset_imports[_MICROSOFT] = 1
+        multiply_blocks(model, node, found, x=x, block_size=size, accuracy_level=_AS_THE_TOKENS, rule=self.name)
 
 
 class RequireCustomOps(FusionPass):

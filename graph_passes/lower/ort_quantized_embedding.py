@@ -15,7 +15,8 @@ from qwenforge.exporter import weights
 from qwenforge.exporter.block_codes import block_size, in_blocks
 from qwenforge.exporter.weights import dims
 from qwenforge.graph_passes.infra import FusionPass, add_initializer, replace_node, tag, weight
-from qwenforge.graph_passes.lower.ort_quantized_linear import MICROSOFT, quantized_matrix, unquantized
+from qwenforge.graph_passes.lower.ort_block_product import MICROSOFT
+from qwenforge.graph_passes.lower.ort_quantized_linear import quantized_matrix, unquantized
 
 
 class TiedQuantizedEmbedding(FusionPass):

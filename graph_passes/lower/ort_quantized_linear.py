@@ -28,13 +28,13 @@ import onnx_ir as ir
 from qwenforge import names
 from qwenforge.errors import UnsupportedError
 from qwenforge.exporter import weights
-from qwenforge.exporter.block_codes import block_size, in_blocks, rounded
+from qwenforge.exporter.block_codes import block_size, rounded
 from qwenforge.exporter.quantized_weights import QuantizedWeight, as_quantized
 from qwenforge.exporter.transforms import Dequantize, Quantize
 from qwenforge.exporter.weights import DerivedTensor, dims
 from qwenforge.graph_passes.infra import FusionPass, add_initializer, constant, is_op, replace_node, scalar, tag, weight
+from qwenforge.graph_passes.lower.ort_block_product import MICROSOFT, multiply_blocks
 
-MICROSOFT = "com.microsoft"
 INT8_ACTIVATIONS = 4
 """MatMulNBits' accuracy level: twice the speed of fp32 activations at decode, measured in ONNX Runtime 1.32."""
 
@@ -88,7 +88,15 @@ class LowerQuantizedLinear(FusionPass):
                 self._multiply_integers(model, node, rows, activations)
                 self.matches += 1
             elif (size := block_size(found)) is not None:
-                self._multiply_blocks(model, node, found, size, activations.value)
+                multiply_blocks(
+                    model,
+                    node,
+                    found,
+                    x=activations.value,
+                    block_size=size,
+                    accuracy_level=INT8_ACTIVATIONS,
+                    rule=self.name,
+                )
                 self.matches += 1
             else:
                 self.fail(f"groups of {found.group_size} columns are no multiple of 16", node)
@@ -105,27 +113,6 @@ class LowerQuantizedLinear(FusionPass):
         if is_vocabulary(model, node):
             return None  # of one token, as at decode, whose bytes it then shares
         return found if by_rows else rounded_by_rows(node)
-
-    def _multiply_blocks(self, model: ir.Model, node: ir.Node, found: QuantizedWeight, size: int, x: ir.Value) -> None:
-        stored = in_blocks(found, size)
-        rows, columns = dims(found.codes)
-        assert x.dtype is not None
-        scope = str(node.inputs[1].name) if node.inputs[1] is not None else str(node.name)
-        shape = (rows, dims(stored.scales)[1], size * stored.bits // 8)
-        codes = add_initializer(model, f"{scope}.blocks", weights.reshape(stored.codes, shape))
-        inputs = [x, codes, add_initializer(model, f"{scope}.scales", weights.cast(stored.scales, x.dtype))]
-        if stored.zero_points is not None:
-            inputs.append(add_initializer(model, f"{scope}.zero_points", stored.zero_points))
-        attributes = {
-            "K": columns,
-            "N": rows,
-            "bits": stored.bits,
-            "block_size": size,
-            "accuracy_level": INT8_ACTIVATIONS,
-        }
-        product = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
-        replace_node(model, node, [tag(product, self.name)], product.outputs)
-        model.graph.opset_imports[MICROSOFT] = 1
 
     def _multiply_integers(
         self, model: ir.Model, node: ir.Node, rows: QuantizedWeight, activations: Activations

@@ -21,7 +21,8 @@ from qwenforge.exporter.quantized_weights import QuantizedWeight, as_quantized
 from qwenforge.exporter.weights import dims
 from qwenforge.graph_passes.functions import MIXTURE_OF_EXPERTS
 from qwenforge.graph_passes.infra import FusionPass, add_initializer, replace_node, tag, weight
-from qwenforge.graph_passes.lower.ort_quantized_linear import INT8_ACTIVATIONS, MICROSOFT
+from qwenforge.graph_passes.lower.ort_block_product import MICROSOFT
+from qwenforge.graph_passes.lower.ort_quantized_linear import INT8_ACTIVATIONS
 
 _ROUTER_WEIGHTS = 14
 """Position of ``router_weights`` among the inputs; the one before it and all that are not given are empty."""
