@@ -23,8 +23,8 @@ from support.tolerances import FLOAT32_MODEL
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 CHOICE = 3
-"""Nodes that a last layer with experts adds outside the layers: the choice of tokens stands behind its attention and so
-has two GatherND, of attention and of the residual, where one was; the shape of chosen tokens takes a Shape and a Concat."""
+"""Nodes that a last layer with experts adds outside the layers, whose choice of tokens stands behind its attention: two
+GatherND, of attention and of the residual, where one was; a Shape and a Concat for the shape of chosen tokens."""
 QWEN3: dict[str, Any] = {"num_hidden_layers": 3, "head_dim": 24, "num_attention_heads": 6}
 QWEN3_MOE: dict[str, Any] = {"num_hidden_layers": 3, "head_dim": 16}
 EVERY_EXPERT: dict[str, Any] = {"num_hidden_layers": 3, "num_experts_per_tok": 6}
@@ -64,9 +64,7 @@ def test_lowered_layers_of_two_kinds_are_small() -> None:
     assert layers == [11, 11, 11, 19, 11, 19] and outside <= 13 + CHOICE
 
 
-@pytest.mark.parametrize(
-    ("name", "limit", "most_outside"), [("qwen3", 13 + 6 + 2, 15), ("qwen3_moe", 20, 15 + CHOICE)]
-)
+@pytest.mark.parametrize(("name", "limit", "most_outside"), [("qwen3", 13 + 6 + 2, 15), ("qwen3_moe", 20, 15 + CHOICE)])
 def test_lowered_qwen3_layers_are_larger_by_the_norms_of_q_and_k(name: str, limit: int, most_outside: int) -> None:
     """Six nodes: two norms, two Reshapes around each; and two that rotate where the head size is no multiple of 16."""
     layers, outside = _nodes_by_layer(_lowered(name))
