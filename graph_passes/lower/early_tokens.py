@@ -39,9 +39,13 @@ class ChooseTokensEarly(FusionPass):
 
     def run(self, model: ir.Model) -> None:
         gather = _gather(model)
-        if gather is None or gather.inputs[0] is None or gather.inputs[0].shape is None:
+        hidden = gather.inputs[0] if gather is not None else None
+        if gather is None or hidden is None:
             return
-        tokens = gather.inputs[0].shape[:2]
+        if hidden.shape is None:
+            self.fail(f"the shape of {hidden.name} is not known", gather)
+            return
+        tokens = hidden.shape[:2]
         nodes = _by_token(model, gather)
         entering = _entering(nodes)
         if not any(node.op_type == "MatMul" for node in nodes):

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from qwenforge.bundle import Bundle
+from qwenforge.calibration.budget import FP8
 from qwenforge.cli.main import main
 from qwenforge.engine.bundle_summary import summarize_bundle
 from qwenforge.engine.export import ExportReport, export_checkpoint
@@ -74,7 +75,7 @@ def test_fp8_activations_are_applied_for_tensorrt_within_their_budget(tmp_path: 
         ("fp8", "fp8"): 18,
         ("kept", None): 1,
     }
-    assert record.accuracy["mean_kl"] == outcome.run.distributions.mean_kl <= record.budget["kl"] == 0.02
+    assert record.accuracy["mean_kl"] == outcome.run.distributions.mean_kl <= record.budget["kl"] == FP8.kl
     said = bundle.read_json("accuracy.json")
     assert said["verified"] and said["static_scales"] == json.loads(json.dumps(outcome.to_json()))
     assert said["static_scales_left_out"] == [sentence]

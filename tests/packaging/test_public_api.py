@@ -21,6 +21,7 @@ EXPORT_PARAMETERS = (
     "choice",
     "dequantize",
     "quantization",
+    "static_scales",
     "progress",
 )
 

@@ -22,6 +22,9 @@ from support.tolerances import FLOAT32_MODEL
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+CHOICE = 3
+"""Nodes that a last layer with experts adds outside the layers, whose choice of tokens stands behind its attention: two
+GatherND, of attention and of the residual, where one was; a Shape and a Concat for the shape of chosen tokens."""
 QWEN3: dict[str, Any] = {"num_hidden_layers": 3, "head_dim": 24, "num_attention_heads": 6}
 QWEN3_MOE: dict[str, Any] = {"num_hidden_layers": 3, "head_dim": 16}
 EVERY_EXPERT: dict[str, Any] = {"num_hidden_layers": 3, "num_experts_per_tok": 6}
@@ -53,24 +56,24 @@ def test_lowered_dense_layers_are_small() -> None:
 
 def test_lowered_moe_layers_are_small() -> None:
     layers, outside = _nodes_by_layer(_lowered("qwen2_moe"))
-    assert layers == [19] * 3 and outside <= 13
+    assert layers == [19] * 3 and outside <= 13 + CHOICE
 
 
 def test_lowered_layers_of_two_kinds_are_small() -> None:
     layers, outside = _nodes_by_layer(_lowered("qwen2_moe, mixed"))
-    assert layers == [11, 11, 11, 19, 11, 19] and outside <= 13
+    assert layers == [11, 11, 11, 19, 11, 19] and outside <= 13 + CHOICE
 
 
-@pytest.mark.parametrize(("name", "limit"), [("qwen3", 13 + 6 + 2), ("qwen3_moe", 20)])
-def test_lowered_qwen3_layers_are_larger_by_the_norms_of_q_and_k(name: str, limit: int) -> None:
+@pytest.mark.parametrize(("name", "limit", "most_outside"), [("qwen3", 13 + 6 + 2, 15), ("qwen3_moe", 20, 15 + CHOICE)])
+def test_lowered_qwen3_layers_are_larger_by_the_norms_of_q_and_k(name: str, limit: int, most_outside: int) -> None:
     """Six nodes: two norms, two Reshapes around each; and two that rotate where the head size is no multiple of 16."""
     layers, outside = _nodes_by_layer(_lowered(name))
-    assert max(layers) <= limit and outside <= 15
+    assert max(layers) <= limit and outside <= most_outside
 
 
 def test_lowered_half_precision_adds_one_cast_outside_the_layers() -> None:
     layers, outside = _nodes_by_layer(lower(exported("qwen2_moe", dtype=HALF, **EVERY_EXPERT).portable(), "ort-cpu"))
-    assert layers == [19] * 3 and outside <= 14
+    assert layers == [19] * 3 and outside <= 14 + CHOICE
 
 
 def test_lowered_linked_layers_have_a_product_for_each_stored_matrix() -> None:

@@ -7,8 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from qwenforge.exporter import weights
+from qwenforge.exporter.block_codes import rounded
+from qwenforge.exporter.quantized_weights import QuantizedWeight, as_quantized, quantize
 from qwenforge.graph_passes.lower.ort_linear import MatMulByStoredWeight, TiedVocabularyProjection
-from qwenforge.graph_passes.lower.unmerge import UnmergeProjections
+from qwenforge.graph_passes.lower.unmerge import UnmergeProjections, UnmergeQuantizedProjections
 from support.small_graphs import answers, apply_rule, graph_from_text, normal, ops, relative_error
 from support.tolerances import FLOAT32_EXACT
 
@@ -123,3 +125,59 @@ def test_merged_projection_stays_when(case: str) -> None:
 def test_split_by_the_parts_sizes_is_taken_apart() -> None:
     model = graph_from_text(SPLIT_SIZES, w=_merged()[0], sizes=np.array([6, 6]))
     assert apply_rule(UnmergeProjections(), model).matches == 1 and ops(model) == ["MatMul", "MatMul"]
+
+
+def _quantized(how: str) -> QuantizedWeight:
+    """A merged matrix of 12 rows and 32 columns."""
+    stored = _stored(12, 32)
+    if how == "int4 with zero points":
+        scales, points = ir.tensor(np.full((12, 2), 0.4, np.float32)), np.arange(24).reshape(12, 2) % 16
+        wanted = ir.tensor(points.astype(ir.DataType.UINT4.numpy()))
+        return quantize(stored, "uint4", scales, group_size=16, zero_points=wanted)
+    return rounded(stored, "int8", 32) if how == "int8" else rounded(stored, "int4", 16)
+
+
+QUANTIZED_SPLIT = SPLIT.replace("B,S,8", "B,S,32")
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (4, 8)], ids=str)
+@pytest.mark.parametrize("how", ["int8", "int4", "int4 with zero points"])
+def test_parts_of_a_quantized_product_have_slices_of_its_codes(how: str, sizes: tuple[int, int]) -> None:
+    merged = _quantized(how)
+    text = QUANTIZED_SPLIT.replace("<axis = -1, num_outputs = 2>(m)", "<axis = 2>(m, sizes)")
+    text = text.replace("float[B,S,6] a, float[B,S,6] b", f"float[B,S,{sizes[0]}] a, float[B,S,{sizes[1]}] b")
+    plan = weights.transpose(merged.dequantized(), (1, 0))
+    model = graph_from_text(text, w=plan, sizes=np.array(sizes))
+    before = answers(model, x=normal(1, 4, 32))
+    assert apply_rule(UnmergeQuantizedProjections(), model).matches == 1
+    assert ops(model) == ["MatMul", "MatMul"] and [value.name for value in model.graph.outputs] == ["a", "b"]
+    start = 0
+    for node, rows in zip(model.graph, sizes, strict=True):
+        assert node.inputs[1] is not None and node.inputs[1].const_value is not None
+        part = as_quantized(weights.transpose(node.inputs[1].const_value, (1, 0)))
+        assert part is not None and (part.format, part.group_size) == (merged.format, merged.group_size)
+        cut = slice(start, start + rows)
+        np.testing.assert_array_equal(part.codes.numpy(), merged.codes.numpy()[cut])
+        np.testing.assert_array_equal(part.scales.numpy(), merged.scales.numpy()[cut])
+        assert (part.zero_points is None) == (merged.zero_points is None)
+        if part.zero_points is not None and merged.zero_points is not None:
+            np.testing.assert_array_equal(part.zero_points.numpy(), merged.zero_points.numpy()[cut])
+        start += rows
+    for found, expected in zip(answers(model, x=normal(1, 4, 32)), before, strict=True):
+        assert relative_error(found, expected) < FLOAT32_EXACT
+
+
+@pytest.mark.parametrize(
+    ("text", "quantized"),
+    [
+        (QUANTIZED_SPLIT, False),
+        (QUANTIZED_SPLIT.replace("axis = -1", "axis = 1").replace("S,6", "R,12"), True),
+        (QUANTIZED_SPLIT.replace("float[B,S,6] b)", "float[B,S,6] b, float[B,S,12] m)"), True),
+    ],
+    ids=["its weight is not quantized", "the split is of tokens", "the product has another use"],
+)
+def test_merged_product_stays_one_where(text: str, quantized: bool) -> None:
+    matrix = _quantized("int8").dequantized() if quantized else _stored(12, 32)
+    model = graph_from_text(text, w=weights.transpose(matrix, (1, 0)))
+    before = ops(model)
+    assert apply_rule(UnmergeQuantizedProjections(), model).matches == 0 and ops(model) == before
