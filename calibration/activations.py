@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,19 @@ Array = npt.NDArray[Any]
 
 SAMPLE_TOKENS = 512
 """Tokens that searches measure errors on."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of a value's tokens.
+
+    Attributes:
+        largest: [K], each channel's largest magnitude over the whole half.
+        sample: [at most 512, K], tokens of the half at equal distances.
+    """
+
+    largest: Array
+    sample: Array
 
 
 class Activation:
@@ -75,6 +89,20 @@ class Activation:
             values = self._spilled.row(int(row)).reshape(-1, self.channels)
             found[inside] = values[tokens[inside] % self._row_tokens]
         return found
+
+    def halves(self) -> tuple[Half, Half]:
+        """The first and the second half of the tokens: to fit on one and to judge on the other."""
+        middle, start = self.count // 2, 0  # by tokens, not rows: one long row has halves too
+        largest = np.zeros((2, self.channels), np.float32)
+        for tokens in self._spilled.tokens(self._rows):
+            magnitudes = np.abs(tokens)
+            cut = min(max(middle - start, 0), len(tokens))
+            for half, part in enumerate((magnitudes[:cut], magnitudes[cut:])):
+                largest[half] = np.maximum(largest[half], part.max(0, initial=0))
+            start += len(tokens)
+        numbers = self.sampled(2 * SAMPLE_TOKENS)
+        first, second = (self.gather(part) for part in (numbers[numbers < middle], numbers[numbers >= middle]))
+        return Half(largest[0], first), Half(largest[1], second)
 
     def all(self) -> Array:
         """[T, K], in memory: for narrow values only."""

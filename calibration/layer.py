@@ -137,37 +137,62 @@ class LayerCalibration:
         choices: Mapping[str, SitePlan],
     ) -> Array:
         activation = self._input(place)
-        sample = activation.sample()
-        quantized_inputs = None
         if self.recipe.smoothing == "smoothquant":
-            columns = [np.abs(self._matrix(site)).max(0) for site in readers]
-            columns += [experts.column_maxima()] if experts is not None else []
-            largest = place.shared(np.maximum.reduce(columns), np.maximum)
-            inputs = place.shared(activation.statistics.largest, np.maximum)
-            if self.recipe.smoothing_strength is not None:
-                return smoothquant_factors(inputs, largest, self.recipe.smoothing_strength)
-            candidates = [smoothquant_factors(inputs, largest, strength) for strength in SMOOTHQUANT_STRENGTHS]
-            spread = [place.spread(factors) for factors in candidates]
-            quantized_inputs = [self._quantized_inputs(sample, factors) for factors in spread]
-        else:
-            candidates = awq_candidates(place.shared(activation.statistics.mean_magnitude, np.add))
-            spread = [place.spread(factors) for factors in candidates]
-        errors = np.zeros(len(candidates))
-        for site in readers:
-            quantized = functools.partial(rounded, choice=choices[site.name])
-            errors += output_errors(sample, self._matrix(site), spread, quantized, quantized_inputs)
+            return self._smoothquant_factors(place, activation, readers, experts, choices)
+        candidates = awq_candidates(place.shared(activation.statistics.mean_magnitude, np.add))
+        spread = [place.spread(factors) for factors in candidates]
+        errors = self._errors(activation.sample(), readers, spread, choices)
         if experts is not None:
             errors += experts.output_errors(spread)
         return candidates[int(np.argmin(errors))]
 
-    def _quantized_inputs(self, sample: Array, factors: Array) -> Array:
-        """What ``sample`` [T, K] becomes, divided by ``factors`` on the way, with a range of its own."""
+    def _smoothquant_factors(
+        self,
+        place: Place,
+        activation: Activation,
+        readers: Sequence[LinearSite],
+        experts: ExpertCalibration | None,
+        choices: Mapping[str, SitePlan],
+    ) -> Array:
+        """Factors of all tokens; their strength, unless it is given, by each half of the tokens judged on the other."""
+        columns = [np.abs(self._matrix(site)).max(0) for site in readers]
+        columns += [experts.column_maxima()] if experts is not None else []
+        largest = place.shared(np.maximum.reduce(columns), np.maximum)
+        strength = self.recipe.smoothing_strength
+        if strength is None:
+            errors = np.zeros(len(SMOOTHQUANT_STRENGTHS))
+            halves = activation.halves()
+            for known, unseen in (halves, halves[::-1]):
+                inputs = place.shared(known.largest, np.maximum)
+                spread = [place.spread(smoothquant_factors(inputs, largest, each)) for each in SMOOTHQUANT_STRENGTHS]
+                quantized = [self._quantized_inputs(unseen.sample, known.sample, factors) for factors in spread]
+                errors += self._errors(unseen.sample, readers, spread, choices, quantized)
+            strength = SMOOTHQUANT_STRENGTHS[int(np.argmin(errors))]
+        return smoothquant_factors(place.shared(activation.statistics.largest, np.maximum), largest, strength)
+
+    def _errors(
+        self,
+        sample: Array,
+        readers: Sequence[LinearSite],
+        candidates: Sequence[Array],
+        choices: Mapping[str, SitePlan],
+        quantized_inputs: Sequence[Array] | None = None,
+    ) -> Array:
+        """Of each of ``candidates``, all readers' output errors on ``sample`` [T, K] together."""
+        errors = np.zeros(len(candidates))
+        for site in readers:
+            quantized = functools.partial(rounded, choice=choices[site.name])
+            errors += output_errors(sample, self._matrix(site), candidates, quantized, quantized_inputs)
+        return errors
+
+    def _quantized_inputs(self, tokens: Array, known: Array, factors: Array) -> Array:
+        """What ``tokens`` [T, K] become, divided by ``factors`` on the way, in the range of the tokens ``known``."""
         assert self.recipe.activation is not None
-        divided, histogram = sample / factors, MagnitudeHistogram()
-        histogram.add(divided)
+        histogram = MagnitudeHistogram()
+        histogram.add(known / factors)
         largest = choose_range(histogram, self.recipe.activation_range, self.recipe.activation, self.recipe.percentile)
         scale = np.float32(scale_of(largest, self.recipe.activation))
-        values: Array = round_to_codes(divided / scale, self.recipe.activation) * scale * factors
+        values: Array = round_to_codes(tokens / factors / scale, self.recipe.activation) * scale * factors
         return values
 
     def _input(self, place: Place) -> Activation:

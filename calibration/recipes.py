@@ -97,7 +97,7 @@ class Recipe(_Part):
         smoothing: how range moves between activations and weights: ``smoothquant`` by the largest magnitudes of both,
             ``awq`` by those of activations.
         smoothing_strength: SmoothQuant's alpha: 0 leaves all range with the activations, 1 gives it to the weights;
-            None searches for it place by place.
+            None searches for it place by place, one half of the calibration text judging the other.
         clipping: search for each group's weights a scale below their largest magnitude that harms the outputs less.
         rounding: ``nearest``, or ``gptq``: column by column, later columns making up for the errors of earlier ones.
         cache: an 8-bit key/value cache.

@@ -3,8 +3,10 @@
 Both methods give factors s [K], one an input channel; inputs are divided by s and the matrices' columns multiplied.
 
 *SmoothQuant* (Xiao et al. 2022, arXiv:2211.10438, equation 4): s_j = max|x_j|^a / max|w_j|^(1-a), the second maximum
-over all matrices that read the input. For 8-bit activations. Which a is best differs from place to place; it is taken
-from a grid over [0, 1] by the products' outputs when inputs and smoothed matrices are quantized, unless it is given.
+over all matrices that read the input. For 8-bit activations. Which a is best differs from place to place, and the less
+text there is the smaller it is, because the largest magnitudes of a few tokens are soon exceeded. Unless it is given,
+it is taken from a grid over [0, 1] by the products' outputs when inputs and smoothed matrices are quantized: with
+factors and input range of one half of the tokens, saturation included, on the other half, and the other way round.
 
 *AWQ* (Lin et al. 2023, arXiv:2306.00978, equations 4 and 5): s_j = mean|x_j|^a, with the a of a grid over [0, 1) that
 moves the products' outputs least when the smoothed matrices are quantized. Factors are scaled so that the geometric
