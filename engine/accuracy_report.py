@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwenforge.calibration.accuracy import LayerAccuracy
+from qwenforge.calibration.accuracy import DistributionAccuracy, LayerAccuracy
 from qwenforge.calibration.budget import Budget
 from qwenforge.calibration.recipes import Recipe
 from qwenforge.calibration.sensitivity import Frontier
@@ -57,7 +57,7 @@ class QuantizationOutcome:
 
     def refusal(self, report: str) -> str:
         """Why no bundle is written, in one sentence with the three worst layers; ``report`` says where more is."""
-        worst = ", ".join(_described(layer) for layer in self.run.worst())
+        worst = ", ".join(described(layer) for layer in self.run.worst())
         pattern = f"{self.run.worst(1)[0].name}.*=keep"
         found = self.run
         warned = f" and {len(self.warnings)} warning{'s' * (len(self.warnings) > 1)}" if self.warnings else ""
@@ -71,25 +71,18 @@ class QuantizationOutcome:
 
     def record(self) -> QuantizationRecord:
         """The manifest's part."""
-        figures = self.run.distributions
-        counts = Counter((plan.weight or "kept", plan.group_size, plan.activation) for plan in self.plan.sites.values())
+        counts: Counter[tuple[str, int | None, str | None]] = Counter(
+            (plan.weight or "kept", plan.group_size, plan.activation) for plan in self.plan.sites.values()
+        )
         caches = {plan.format for plan in self.plan.caches.values()}
         return QuantizationRecord(
             recipe=self.recipe.name,
-            sites=tuple(
-                QuantizedSites(weight=weight, group_size=group, activation=activation, sites=count)
-                for (weight, group, activation), count in counts.most_common()
-            ),
+            sites=recorded_sites(counts),
             cache=caches.pop() if len(caches) == 1 else None,
             calibrated_on=self.calibrated_on,
             judged_on=self.run.source,
             budget=self.budget.to_json(),
-            accuracy={
-                "mean_kl": figures.mean_kl,
-                "p99_kl": figures.p99_kl,
-                "perplexity_ratio": figures.perplexity_ratio,
-                "top1_agreement": figures.top1_agreement,
-            },
+            accuracy=recorded_accuracy(self.run.distributions),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -126,6 +119,24 @@ class QuantizationOutcome:
         }
 
 
-def _described(layer: LayerAccuracy) -> str:
+def recorded_sites(counts: Counter[tuple[str, int | None, str | None]]) -> tuple[QuantizedSites, ...]:
+    """How many sites have each (weight format, group size, activation format), for the manifest."""
+    return tuple(
+        QuantizedSites(weight=weight, group_size=group, activation=activation, sites=count)
+        for (weight, group, activation), count in counts.most_common()
+    )
+
+
+def recorded_accuracy(figures: DistributionAccuracy) -> dict[str, float]:
+    """What the manifest has of the measured distances."""
+    return {
+        "mean_kl": figures.mean_kl,
+        "p99_kl": figures.p99_kl,
+        "perplexity_ratio": figures.perplexity_ratio,
+        "top1_agreement": figures.top1_agreement,
+    }
+
+
+def described(layer: LayerAccuracy) -> str:
     """``model.layers.3 (SQNR 21.5 dB)``."""
     return f"{layer.name} (SQNR {layer.own_sqnr_db:.1f} dB)" if layer.finite else f"{layer.name} (not finite)"

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from qwenforge.calibration.budget import Budget, default_budget, parse_budget
 from qwenforge.calibration.heldout import HeldOutText, load_heldout
+from qwenforge.engine.accuracy_report import described, recorded_accuracy, recorded_sites
 from qwenforge.engine.accuracy_run import AccuracyRun, measure
 from qwenforge.engine.verification import fits_whole
 from qwenforge.errors import AccuracyError, UserError
@@ -34,7 +35,7 @@ from qwenforge.graph_passes.quantize.from_checkpoint import plan_from_checkpoint
 from qwenforge.graph_passes.quantize.plan import QuantizationPlan, SitePlan
 from qwenforge.graph_passes.quantize.sites import find_sites
 from qwenforge.lowering_choice import LoweringChoice
-from qwenforge.manifest import CHECKPOINT_RECIPE, MODEL_NAME, QuantizationRecord, QuantizedSites
+from qwenforge.manifest import CHECKPOINT_RECIPE, MODEL_NAME, QuantizationRecord
 from qwenforge.ort_cuda_choice import ORT_CUDA
 
 Progress = Callable[[str, float], None]
@@ -92,10 +93,7 @@ class ScalesOutcome:
         missed = self.budget.missed(self.run.distributions)
         if not missed:
             return
-        worst = ", ".join(
-            f"{layer.name} (SQNR {layer.own_sqnr_db:.1f} dB)" if layer.finite else f"{layer.name} (not finite)"
-            for layer in self.run.worst()
-        )
+        worst = ", ".join(described(layer) for layer in self.run.worst())
         raise AccuracyError(
             f"the checkpoint's static scales ({self.applied}) miss the budget on {self.run.windows} windows of "
             f"{self.run.source}: {'; '.join(missed)}; the worst layers are {worst}; no bundle was written; leave "
@@ -315,10 +313,7 @@ def checkpoint_record(model: ir.Model, plan: QuantizationPlan | None) -> Quantiz
     caches = {cache.format for cache in plan.caches.values()} if plan is not None else set()
     return QuantizationRecord(
         recipe=CHECKPOINT_RECIPE,
-        sites=tuple(
-            QuantizedSites(weight=weight_format, group_size=group, activation=activation, sites=count)
-            for (weight_format, group, activation), count in counts.most_common()
-        ),
+        sites=recorded_sites(counts),
         cache=caches.pop() if len(caches) == 1 else None,
         calibrated_on=None,
         judged_on=None,
@@ -329,13 +324,7 @@ def checkpoint_record(model: ir.Model, plan: QuantizationPlan | None) -> Quantiz
 
 def judged_record(record: QuantizationRecord, outcome: ScalesOutcome) -> QuantizationRecord:
     """``record`` with what was measured."""
-    figures = outcome.run.distributions
-    measured = {
-        "mean_kl": figures.mean_kl,
-        "p99_kl": figures.p99_kl,
-        "perplexity_ratio": figures.perplexity_ratio,
-        "top1_agreement": figures.top1_agreement,
-    }
+    measured = recorded_accuracy(outcome.run.distributions)
     return record.model_copy(
         update={"judged_on": outcome.run.source, "budget": outcome.budget.to_json(), "accuracy": measured}
     )
