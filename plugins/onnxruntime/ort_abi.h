@@ -81,7 +81,9 @@ struct OrtAllocator
 struct OrtApi
 {
     OrtStatus* (*CreateStatus)(OrtErrorCode code, char const* text); // 0
-    void* skipped1[25];
+    void* skipped1;
+    char const* (*GetErrorMessage)(OrtStatus const* status); // 2
+    void* skipped3[23];
     OrtStatus* (*CreateCustomOpDomain)(char const* domain, OrtCustomOpDomain** out); // 26
     OrtStatus* (*CustomOpDomain_Add)(OrtCustomOpDomain* domain, OrtCustomOp const* op);
     OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions* options, OrtCustomOpDomain* domain);
@@ -108,7 +110,7 @@ struct OrtApi
     OrtStatus* (*KernelInfoGetAttribute_int64)(OrtKernelInfo const* info, char const* name, int64_t* out);
     void* skipped87;
     OrtStatus* (*KernelContext_GetInputCount)(OrtKernelContext const* context, size_t* out); // 88
-    void* skipped89;
+    OrtStatus* (*KernelContext_GetOutputCount)(OrtKernelContext const* context, size_t* out);
     OrtStatus* (*KernelContext_GetInput)(OrtKernelContext const* context, size_t index, OrtValue const** out); // 90
     OrtStatus* (*KernelContext_GetOutput)(
         OrtKernelContext* context, size_t index, int64_t const* dimensions, size_t rank, OrtValue** out);
@@ -144,7 +146,10 @@ struct OrtApi
         OrtShapeInferContext const* context, size_t index, OrtTensorTypeAndShapeInfo const* info);
     OrtStatus* (*SetSymbolicDimensions)(OrtTensorTypeAndShapeInfo* info, char const* names[], size_t count);
     OrtStatus* (*ReadOpAttr)(OrtOpAttr const* attribute, OrtOpAttrType type, void* data, size_t bytes, size_t* needed);
-    void* skipped273[4];
+    void* skipped273;
+    OrtStatus* (*KernelContext_ParallelFor)( // 274
+        OrtKernelContext const* context, void (*task)(void*, size_t), size_t total, size_t batches, void* data);
+    void* skipped275[2];
     OrtStatus* (*KernelContext_GetScratchBuffer)( // 277
         OrtKernelContext const* context, OrtMemoryInfo const* memory, size_t bytes, void** out);
     OrtStatus* (*KernelInfoGetAllocator)(OrtKernelInfo const* info, OrtMemType type, OrtAllocator** out);

@@ -13,6 +13,7 @@
     static_assert(offsetof(OrtApi, function) == (place) * sizeof(void*), #function " is not entry " #place)
 
 ENTRY(CreateStatus, 0);
+ENTRY(GetErrorMessage, 2);
 ENTRY(CreateCustomOpDomain, 26);
 ENTRY(CustomOpDomain_Add, 27);
 ENTRY(AddCustomOpDomain, 28);
@@ -32,6 +33,7 @@ ENTRY(AllocatorGetInfo, 77);
 ENTRY(KernelInfoGetAttribute_float, 85);
 ENTRY(KernelInfoGetAttribute_int64, 86);
 ENTRY(KernelContext_GetInputCount, 88);
+ENTRY(KernelContext_GetOutputCount, 89);
 ENTRY(KernelContext_GetInput, 90);
 ENTRY(KernelContext_GetOutput, 91);
 ENTRY(ReleaseStatus, 93);
@@ -51,6 +53,7 @@ ENTRY(ShapeInferContext_GetAttribute, 269);
 ENTRY(ShapeInferContext_SetOutputTypeShape, 270);
 ENTRY(SetSymbolicDimensions, 271);
 ENTRY(ReadOpAttr, 272);
+ENTRY(KernelContext_ParallelFor, 274);
 ENTRY(KernelContext_GetScratchBuffer, 277);
 ENTRY(KernelInfoGetAllocator, 278);
 
