@@ -133,27 +133,27 @@ void transposeKeys(float const* keys, size_t count, size_t headSize, float* pane
     }
 }
 
-// scores [rows, kKeysPerTile] of as many keys as fill whole vectors; headSize is a multiple of kLanes.
-void scoreByDots(size_t rows, float const* queries, float const* keys, size_t count, size_t headSize, float* scores) noexcept
+// scores [rows, kKeysPerTile] of as many keys as fill whole vectors; headSize, kHeadSize unless that is 0, is a multiple of
+// kLanes.
+template <size_t kHeadSize>
+void scoreByDots(
+    size_t rows, float const* queries, float const* keys, size_t count, size_t anyHeadSize, float* scores) noexcept
 {
+    size_t const headSize = kHeadSize != 0 ? kHeadSize : anyHeadSize;
     for (size_t key = 0; key < count; key += kLanes)
     {
-        float const* vectors[kLanes];
-        QWENFORGE_UNROLL
-        for (size_t i = 0; i < kLanes; ++i)
-        {
-            vectors[i] = keys + (key + i < count ? key + i : count - 1) * headSize;
-        }
         for (size_t r = 0; r < rows; ++r)
         {
-            Floats products[kLanes] = {};
-            for (size_t d = 0; d < headSize; d += kLanes)
+            Floats products[kLanes];
+            QWENFORGE_UNROLL
+            for (size_t i = 0; i < kLanes; ++i)
             {
-                Floats const query = load(queries + r * headSize + d);
+                float const* const vector = keys + (key + i < count ? key + i : count - 1) * headSize;
+                products[i] = load(queries + r * headSize) * load(vector);
                 QWENFORGE_UNROLL
-                for (size_t i = 0; i < kLanes; ++i)
+                for (size_t d = kLanes; d < headSize; d += kLanes)
                 {
-                    products[i] += query * load(vectors[i] + d);
+                    products[i] += load(queries + r * headSize + d) * load(vector + d);
                 }
             }
             store(scores + r * kKeysPerTile + key, sumsOf(products));
@@ -324,7 +324,7 @@ void attend(AttentionItem const& item, PartialAttention const& result, float* sc
             }
             if (byDots)
             {
-                scoreByDots(rows, item.queries + row * headSize, keys, behind, headSize, scores);
+                (headSize==64?scoreByDots<64>:scoreByDots<0>)(rows, item.queries + row * headSize, keys, behind, headSize, scores);
             }
             else
             {
