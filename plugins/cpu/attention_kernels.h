@@ -43,7 +43,7 @@ struct AttentionItem
 };
 
 inline constexpr size_t kKeysPerTile = 64;
-inline constexpr size_t kKeysPerPass = 256;
+inline constexpr size_t kKeysPerPass = 512;
 inline constexpr size_t kWidestVector = 16; // of floats
 inline constexpr size_t kMostRowsAtOnce = 6;
 

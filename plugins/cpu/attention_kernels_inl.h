@@ -41,6 +41,13 @@ size_t maximumOf(size_t a, size_t b) noexcept
     return a > b ? a : b;
 }
 
+// Asks for what stands 32 KiB behind to be brought into the level-2 cache: the processor itself looks less far. Nothing
+// happens where there is no memory.
+inline void fetchAhead(float const* address) noexcept
+{
+    __builtin_prefetch(reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(address) + (32 << 10)), 0, 2);
+}
+
 // sums [kRows, kColumns vectors] = (kAdds: +=) left [kRows, depth] @ right [depth, kColumns vectors].
 template <size_t kRows, size_t kColumns, bool kAdds>
 void multiplyBlock(float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth, float* sums,
@@ -63,6 +70,10 @@ void multiplyBlock(float const* left, size_t leftStride, float const* right, siz
         for (size_t c = 0; c < kColumns; ++c)
         {
             columns[c] = load(right + k * rightStride + c * kLanes);
+            if (kAdds) // the values
+            {
+                fetchAhead(right + k * rightStride + c * kLanes);
+            }
         }
         QWENFORGE_UNROLL
         for (size_t r = 0; r < kRows; ++r)
@@ -179,6 +190,14 @@ void scoreByDots(
             {
                 float const* const vector = keys + (key + i < count ? key + i : count - 1) * headSize;
                 products[i] = load(queries + r * headSize) * load(vector);
+                if (r == 0)
+                {
+                    QWENFORGE_UNROLL
+                    for (size_t d = 0; d < headSize; d += kWidestVector)
+                    {
+                        fetchAhead(vector + d);
+                    }
+                }
                 QWENFORGE_UNROLL
                 for (size_t d = kLanes; d < headSize; d += kLanes)
                 {
