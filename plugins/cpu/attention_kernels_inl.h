@@ -97,20 +97,32 @@ void multiplyBlock(float const* left, size_t leftStride, float const* right, siz
     }
 }
 
+template <size_t kNumber>
+struct Constant
+{
+    static constexpr size_t kValue = kNumber;
+};
+
 template <size_t kRows, bool kAdds>
 void multiplyRows(float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth,
     size_t vectors, float* sums, size_t sumStride) noexcept
 {
+    auto const block = [&](auto columns, size_t column)
+    {
+        multiplyBlock<kRows, decltype(columns)::kValue, kAdds>(
+            left, leftStride, right + column * kLanes, rightStride, depth, sums + column * kLanes, sumStride);
+    };
     size_t column = 0;
     for (; column + kColumnsAtOnce <= vectors; column += kColumnsAtOnce)
     {
-        multiplyBlock<kRows, kColumnsAtOnce, kAdds>(
-            left, leftStride, right + column * kLanes, rightStride, depth, sums + column * kLanes, sumStride);
+        block(Constant<kColumnsAtOnce>{}, column);
     }
-    for (; column < vectors; ++column)
+    switch (vectors - column)
     {
-        multiplyBlock<kRows, 1, kAdds>(
-            left, leftStride, right + column * kLanes, rightStride, depth, sums + column * kLanes, sumStride);
+    case 3: block(Constant<3>{}, column); break;
+    case 2: block(Constant<2>{}, column); break;
+    case 1: block(Constant<1>{}, column); break;
+    default: break;
     }
 }
 
@@ -225,32 +237,29 @@ void addScores(float* scores, Range range, size_t row, PartialAttention const& r
         return;
     }
     float& maximum = result.maxima[row];
-    float& weight = result.weights[row];
-    float* const sums = result.sums + row * vectors * kLanes;
+    float* const weights = result.weights + row * kWidestVector;
     size_t const first = range.begin / kLanes;
     size_t const last = (range.end + kLanes - 1) / kLanes;
-    if (range.begin % kLanes != 0 || range.end % kLanes != 0)
+    for (size_t i = first * kLanes; i < range.begin; ++i)
     {
-        for (size_t i = first * kLanes; i < range.begin; ++i)
-        {
-            scores[i] = -kInfinity;
-        }
-        for (size_t i = range.end; i < last * kLanes; ++i)
-        {
-            scores[i] = -kInfinity;
-        }
+        scores[i] = -kInfinity;
     }
-    Floats largest = broadcast(maximum);
-    for (size_t i = first; i < last; ++i)
+    for (size_t i = range.end; i < last * kLanes; ++i)
+    {
+        scores[i] = -kInfinity;
+    }
+    Floats largest = load(scores + first * kLanes);
+    for (size_t i = first + 1; i < last; ++i)
     {
         largest = larger(load(scores + i * kLanes), largest);
     }
-    float const raised = largestOf(largest);
-    if (raised > maximum)
+    if (anyLarger(largest, broadcast(maximum)))
     {
+        float const raised = largestOf(larger(largest, broadcast(maximum)));
         float const shrink = exponential2(maximum - raised);
         maximum = raised;
-        weight *= shrink;
+        store(weights, load(weights) * shrink);
+        float* const sums = result.sums + row * vectors * kLanes;
         for (size_t i = 0; i < vectors; ++i)
         {
             store(sums + i * kLanes, load(sums + i * kLanes) * shrink);
@@ -258,14 +267,14 @@ void addScores(float* scores, Range range, size_t row, PartialAttention const& r
     }
     // Scores of -inf alone are no numbers after the subtraction of themselves.
     Floats const origin = broadcast(maximum == -kInfinity ? 0.0F : maximum);
-    Floats total{};
+    Floats total = load(weights);
     for (size_t i = first; i < last; ++i)
     {
         Floats const probabilities = exponential2(load(scores + i * kLanes) - origin);
         store(scores + i * kLanes, probabilities);
         total += probabilities;
     }
-    weight += sumOf(total);
+    store(weights, total);
 }
 
 // sums [rows, vectors] += probabilities [rows, scoreStride] @ values, each row of those that it sees. At most
@@ -400,7 +409,7 @@ void attend(AttentionItem const& item, PartialAttention const& result, float* sc
     for (size_t r = 0; r < item.rows; ++r)
     {
         result.maxima[r] = -kInfinity;
-        result.weights[r] = 0;
+        store(result.weights + r * kWidestVector, Floats{});
     }
     Range const keys{item.keyBegin + seen(item, 0, item.keyBegin, item.keyEnd).begin,
         item.keyBegin + seen(item, item.rows - 1, item.keyBegin, item.keyEnd).end};
@@ -414,33 +423,33 @@ void attend(AttentionItem const& item, PartialAttention const& result, float* sc
     }
 }
 
-void merge(PartialAttention const* parts, size_t count, size_t row, size_t headSize, float* output)
+void merge(PartialAttention const* parts, size_t count, size_t row, size_t headSize, float* __restrict output)
 {
-    size_t const stride = (headSize + kLanes - 1) / kLanes * kLanes;
     float maximum = -kInfinity;
     for (size_t i = 0; i < count; ++i)
     {
         maximum = parts[i].maxima[row] > maximum ? parts[i].maxima[row] : maximum;
     }
-    float weight = 0;
+    auto const shareOf = [&](size_t i)
+    { return parts[i].maxima[row] == maximum ? 1.0F : exponential2(parts[i].maxima[row] - maximum); };
+    Floats weights{};
     for (size_t i = 0; i < count; ++i)
     {
-        float const share = parts[i].maxima[row] == maximum ? 1.0F : exponential2(parts[i].maxima[row] - maximum);
-        float const* const sums = parts[i].sums + row * stride;
-        weight += share * parts[i].weights[row];
+        weights += shareOf(i) * load(parts[i].weights + row * kWidestVector);
+    }
+    float const weight = sumOf(weights);
+    for (size_t i = 0; i < count; ++i)
+    {
+        float const share = shareOf(i) / weight;
+        float const* const sums = parts[i].sums + row * vectorsOf(headSize) * kLanes;
         for (size_t d = 0; d < headSize; ++d)
         {
             output[d] = i == 0 ? share * sums[d] : output[d] + share * sums[d];
         }
     }
-    float const factor = 1 / weight;
-    for (size_t d = 0; d < headSize; ++d)
-    {
-        output[d] *= factor;
-    }
 }
 
-void rotate(float const* head, Rotation const& rotation, size_t headSize, float factor, float* turned)
+void rotate(float const* head, Rotation const& rotation, size_t headSize, float factor, float* __restrict turned)
 {
     size_t const half = rotation.half;
     for (size_t i = 0; i < half; ++i)
