@@ -41,6 +41,12 @@ size_t maximumOf(size_t a, size_t b) noexcept
     return a > b ? a : b;
 }
 
+// As many as hold `floats`.
+size_t vectorsOf(size_t floats) noexcept
+{
+    return (floats + kLanes - 1) / kLanes;
+}
+
 // Asks for what stands 32 KiB behind to be brought into the level-2 cache: the processor itself looks less far. Nothing
 // happens where there is no memory.
 inline void fetchAhead(float const* address) noexcept
@@ -228,36 +234,19 @@ struct Range
     size_t end;
 };
 
-// The scores that row number `row` sees become probabilities, of a maximum that may rise: then what was summed before
-// shrinks.
-void addScores(float* scores, Range range, size_t row, PartialAttention const& result, size_t vectors) noexcept
+// A row's maximum rises to that of its scores: what was summed before shrinks.
+void raiseMaximum(Floats largest, size_t row, PartialAttention const& result, size_t vectors) noexcept
 {
-    if (range.begin >= range.end)
+    float& maximum = result.maxima[row];
+    if (!anyLarger(largest, broadcast(maximum)))
     {
         return;
     }
-    float& maximum = result.maxima[row];
-    float* const weights = result.weights + row * kWidestVector;
-    size_t const first = range.begin / kLanes;
-    size_t const last = (range.end + kLanes - 1) / kLanes;
-    for (size_t i = first * kLanes; i < range.begin; ++i)
+    float const raised = largestOf(larger(largest, broadcast(maximum)));
+    if (maximum != -kInfinity)
     {
-        scores[i] = -kInfinity;
-    }
-    for (size_t i = range.end; i < last * kLanes; ++i)
-    {
-        scores[i] = -kInfinity;
-    }
-    Floats largest = load(scores + first * kLanes);
-    for (size_t i = first + 1; i < last; ++i)
-    {
-        largest = larger(load(scores + i * kLanes), largest);
-    }
-    if (anyLarger(largest, broadcast(maximum)))
-    {
-        float const raised = largestOf(larger(largest, broadcast(maximum)));
         float const shrink = exponential2(maximum - raised);
-        maximum = raised;
+        float* const weights = result.weights + row * kWidestVector;
         store(weights, load(weights) * shrink);
         float* const sums = result.sums + row * vectors * kLanes;
         for (size_t i = 0; i < vectors; ++i)
@@ -265,16 +254,56 @@ void addScores(float* scores, Range range, size_t row, PartialAttention const& r
             store(sums + i * kLanes, load(sums + i * kLanes) * shrink);
         }
     }
+    maximum = raised;
+}
+
+// Scores become probabilities, `count` vectors; kCount of them where that is not 0, which stay in registers.
+template <size_t kCount>
+void addVectors(
+    float* scores, size_t anyCount, size_t row, PartialAttention const& result, size_t vectors) noexcept
+{
+    size_t const count = kCount != 0 ? kCount : anyCount;
+    Floats largest = load(scores);
+    QWENFORGE_UNROLL
+    for (size_t i = 1; i < count; ++i)
+    {
+        largest = larger(load(scores + i * kLanes), largest);
+    }
+    raiseMaximum(largest, row, result, vectors);
     // Scores of -inf alone are no numbers after the subtraction of themselves.
+    float const maximum = result.maxima[row];
     Floats const origin = broadcast(maximum == -kInfinity ? 0.0F : maximum);
-    Floats total = load(weights);
-    for (size_t i = first; i < last; ++i)
+    Floats total = load(result.weights + row * kWidestVector);
+    QWENFORGE_UNROLL
+    for (size_t i = 0; i < count; ++i)
     {
         Floats const probabilities = exponential2(load(scores + i * kLanes) - origin);
         store(scores + i * kLanes, probabilities);
         total += probabilities;
     }
-    store(weights, total);
+    store(result.weights + row * kWidestVector, total);
+}
+
+// The scores that row number `row` sees become probabilities.
+void addScores(float* scores, Range range, size_t row, PartialAttention const& result, size_t vectors) noexcept
+{
+    if (range.begin >= range.end)
+    {
+        return;
+    }
+    size_t const first = range.begin / kLanes * kLanes;
+    size_t const last = vectorsOf(range.end) * kLanes;
+    for (size_t i = first; i < range.begin; ++i)
+    {
+        scores[i] = -kInfinity;
+    }
+    for (size_t i = range.end; i < last; ++i)
+    {
+        scores[i] = -kInfinity;
+    }
+    size_t const count = (last - first) / kLanes;
+    constexpr size_t kWhole = kKeysPerTile / kLanes;
+    (count == kWhole ? addVectors<kWhole> : addVectors<0>)(scores + first, count, row, result, vectors);
 }
 
 // sums [rows, vectors] += probabilities [rows, scoreStride] @ values, each row of those that it sees. At most
@@ -313,11 +342,6 @@ Range seen(AttentionItem const& item, size_t row, size_t begin, size_t end) noex
     size_t const first = behind > item.window ? behind - item.window : 0;
     size_t const from = minimumOf(maximumOf(first, begin), end);
     return {from - begin, maximumOf(minimumOf(behind, end), from) - begin};
-}
-
-size_t vectorsOf(size_t headSize) noexcept
-{
-    return (headSize + kLanes - 1) / kLanes;
 }
 
 // Few queries: the keys as they are, in long passes, since fetching them takes longer than the arithmetic.
