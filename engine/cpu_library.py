@@ -9,12 +9,14 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from qwenforge import names, plugins
 from qwenforge.engine.native_library import NativeLibrary, locate_library, open_library
 from qwenforge.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 LIBRARY = "libqwenforge_cpu.so"
 VARIABLE = "QWENFORGE_CPU_LIBRARY"
