@@ -31,7 +31,7 @@ from qwenforge.exporter import weights
 from qwenforge.exporter.data_writer import Progress
 from qwenforge.exporter.external_data import SaveReport, WrittenFile, save_model
 from qwenforge.graph_passes.lower import lower
-from qwenforge.manifest import MODEL_NAME, PREFILL_NAME, PrefillRecord
+from qwenforge.manifest import MODEL_NAME, PREFILL_NAME, Kernels, PrefillRecord
 
 Optimize = Literal["latency", "memory"]
 
@@ -74,14 +74,19 @@ class SavedGraphs:
         return self.decode.files + (self.prefill.files if self.prefill is not None else ())
 
 
-def lower_quantized(portable: ir.Model, optimize: Optimize = "latency") -> CpuGraphs:
+def lower_quantized(
+    portable: ir.Model, optimize: Optimize = "latency", *, kernels: Kernels = "onnxruntime"
+) -> CpuGraphs:
     """Lower ``portable``, a portable model to which a quantization plan was applied; nothing is read.
 
-    ``portable`` becomes the decode graph. There is no prefill graph where it would have no product of integers.
+    ``portable`` becomes the decode graph. There is no prefill graph where it would have no product of integers, nor
+    with our kernels, which are fast at both and to which ``optimize`` makes no difference.
 
     Raises:
         UnsupportedError: weights are of a format for which ONNX Runtime has no kernel on a CPU.
     """
+    if kernels == "qwenforge":
+        raise NotImplementedError("lowering to the ops of libqwenforge_cpu.so")
     if optimize == "memory":
         return CpuGraphs(lower(portable, "ort-cpu", products="static"), None)
     prefill = lower(portable.clone(), "ort-cpu", products="integers")

@@ -1,5 +1,7 @@
-// What the library exports: the function that ONNX Runtime calls when it is registered, and the library's version.
+// What the library exports: the function that ONNX Runtime calls when it is registered, the library's version, and the
+// instruction set that its kernels use.
 
+#include "cpu/instruction_set.h"
 #include "cpu/node.h"
 
 #include <mutex>
@@ -195,4 +197,17 @@ QWENFORGE_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, OrtApi
 QWENFORGE_EXPORT char const* qwenforgePluginsVersion()
 {
     return QWENFORGE_VERSION;
+}
+
+// "avx512-vnni", "avx2" or "baseline"; null where the environment asks for one that the kernels refuse.
+QWENFORGE_EXPORT char const* qwenforgeCpuInstructionSet()
+{
+    try
+    {
+        return qwenforge::cpu::nameOf(qwenforge::cpu::instructionSet());
+    }
+    catch (std::exception const&)
+    {
+        return nullptr;
+    }
 }
