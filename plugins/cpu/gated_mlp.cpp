@@ -74,18 +74,13 @@ public:
         {
             stages.add(count, prepare);
         }
-        stages.add(mGate.tiles(),
-            [&](size_t tile, size_t worker)
+        size_t const chunk = tilesOfAnItem(mGate.tiles(), workers);
+        stages.add((mGate.tiles() + chunk - 1) / chunk,
+            [&](size_t item, size_t worker)
             {
-                float* const gate = inner + tile * kTileColumns;
-                float* const up = memory + worker * width;
                 uint8_t* const panel = panels + worker * panelSize;
-                mProducts.byTile(tileOf(mGate, tile), rows, count, gate, innerWidth, panel);
-                mProducts.byTile(tileOf(mUp, tile), rows, count, up, kTileColumns, panel);
-                for (size_t row = 0; row < count; ++row)
-                {
-                    mProducts.gateBy(gate + row * innerWidth, up + row * kTileColumns, kTileColumns);
-                }
+                multiplyGateUp(mProducts, mGate, mUp, {item * chunk, chunk}, rows, count, inner, innerWidth,
+                    memory + worker * width, panel);
             });
 
         // Few rows are quantized by each worker for itself, which is sooner done than waited for.

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <utility>
 
 namespace qwenforge::cpu
 {
@@ -221,14 +222,15 @@ private:
         size_t const columns = work.few ? kRouterColumns : mExperts;
         size_t const parts = (mExperts + columns - 1) / columns;
         size_t const sharedTiles = mShared ? mShared->gate.tiles() : 0;
-        stages.add(work.count * parts + sharedTiles,
-            [this, &work, columns, parts](size_t item, size_t worker)
+        size_t const chunk = tilesOfAnItem(sharedTiles, stages.workers());
+        stages.add(work.count * parts + (sharedTiles + chunk - 1) / chunk,
+            [this, &work, columns, parts, chunk](size_t item, size_t worker)
             {
                 if (item >= work.count * parts)
                 {
-                    size_t const tile = item - work.count * parts;
-                    gateUp(mShared->gate, mShared->up, tile, work.sharedTokens, work.count,
-                        work.sharedInner + tile * kTileColumns, work, worker);
+                    size_t const first = (item - work.count * parts) * chunk;
+                    multiplyGateUp(mProducts, mShared->gate, mShared->up, {first, chunk}, work.sharedTokens, work.count,
+                        work.sharedInner, width(mShared->gate), work.floats[worker], work.panels[worker]);
                     return;
                 }
                 size_t const token = item / parts;
@@ -260,31 +262,23 @@ private:
 
     void addGateUp(Stages& stages, Work& work) const
     {
+        size_t const active = std::min(mExperts, work.routing.pairs); // at most
         size_t const tiles = mGate[0].tiles();
-        stages.add(std::min(mExperts, work.routing.pairs) * tiles,
-            [this, &work, tiles](size_t item, size_t worker)
+        size_t const chunk = std::min(tiles, tilesOfAnItem(active * tiles, stages.workers()));
+        size_t const items = (tiles + chunk - 1) / chunk; // of an expert
+        stages.add(active * items,
+            [this, &work, chunk, items](size_t item, size_t worker)
             {
-                if (item / tiles >= work.routing.active)
+                if (item / items >= work.routing.active)
                 {
                     return;
                 }
-                Routing::Expert const expert = work.routing.experts[item / tiles];
-                size_t const tile = item % tiles;
-                gateUp(mGate[expert.index], mUp[expert.index], tile, rowsFrom(work.pairs, expert.firstPair), expert.pairs,
-                    work.inner + expert.firstPair * width(mGate[0]) + tile * kTileColumns, work, worker);
+                Routing::Expert const expert = work.routing.experts[item / items];
+                multiplyGateUp(mProducts, mGate[expert.index], mUp[expert.index], {item % items * chunk, chunk},
+                    rowsFrom(work.pairs, expert.firstPair), expert.pairs,
+                    work.inner + expert.firstPair * width(mGate[0]), width(mGate[0]), work.floats[worker],
+                    work.panels[worker]);
             });
-    }
-
-    void gateUp(QuantizedMatrix const& gate, QuantizedMatrix const& up, size_t tile, QuantizedRows const& rows,
-        size_t count, float* inner, Work const& work, size_t worker) const noexcept
-    {
-        float* const ups = work.floats[worker];
-        mProducts.byTile(tileOf(gate, tile), rows, count, inner, width(gate), work.panels[worker]);
-        mProducts.byTile(tileOf(up, tile), rows, count, ups, kTileColumns, work.panels[worker]);
-        for (size_t row = 0; row < count; ++row)
-        {
-            mProducts.gateBy(inner + row * width(gate), ups + row * kTileColumns, kTileColumns);
-        }
     }
 
     // Few rows are quantized by each worker for itself, which is sooner done than waited for.
@@ -325,49 +319,71 @@ private:
                 }
             };
         }
+        size_t const tiles = mDown[0].tiles();
+        size_t const chunk = tilesOfAnItem(tiles, stages.workers());
         stages.add(
-            mDown[0].tiles(),
-            [this, &work, result](size_t tile, size_t worker)
-            {
-                size_t const column = tile * kTileColumns;
-                size_t const columns = std::min(kTileColumns, mDepth - column);
-                size_t const rowsOf = work.few ? worker : 0;
-                float* const products = work.floats[worker];
-                for (size_t token = 0; token < work.count; ++token)
-                {
-                    std::fill_n(result + token * mDepth + column, columns, 0.0f);
-                }
-                auto const add = [&](size_t row, size_t token, float by)
-                {
-                    float* const target = result + token * mDepth + column;
-                    for (size_t i = 0; i < columns; ++i)
-                    {
-                        target[i] += by * products[row * kTileColumns + i];
-                    }
-                };
-                for (size_t slot = 0; slot < work.routing.active; ++slot)
-                {
-                    Routing::Expert const expert = work.routing.experts[slot];
-                    mProducts.byTile(tileOf(mDown[expert.index], tile),
-                        rowsFrom(work.innerRows[rowsOf], expert.firstPair), expert.pairs, products, kTileColumns,
-                        work.panels[worker]);
-                    for (size_t row = 0; row < expert.pairs; ++row)
-                    {
-                        size_t const pair = expert.firstPair + row;
-                        add(row, work.routing.tokens[pair], work.routing.weights[pair]);
-                    }
-                }
-                if (mShared)
-                {
-                    mProducts.byTile(tileOf(mShared->down, tile), work.sharedRows[rowsOf], work.count, products,
-                        kTileColumns, work.panels[worker]);
-                    for (size_t token = 0; token < work.count; ++token)
-                    {
-                        add(token, token, work.sharedBy[token]);
-                    }
-                }
-            },
+            (tiles + chunk - 1) / chunk,
+            [this, &work, result, tiles, chunk](size_t item, size_t worker)
+            { multiplyDown({item * chunk, std::min(chunk, tiles - item * chunk)}, work, worker, result); },
             prepare);
+    }
+
+    // The columns of `tiles` in every token's result: the shared expert's part, then each routed expert's.
+    void multiplyDown(TileRange tiles, Work const& work, size_t worker, float* result) const noexcept
+    {
+        size_t const rowsOf = work.few ? worker : 0;
+        size_t const column = tiles.first * kTileColumns;
+        size_t const columns = std::min(tiles.count * kTileColumns, mDepth - column);
+        for (size_t token = 0; token < work.count; ++token)
+        {
+            std::fill_n(result + token * mDepth + column, columns, 0.0f);
+        }
+        Routing const& routing = work.routing;
+        // By expert and not by tile: each one's tiles lie one behind the other in memory.
+        if (mShared)
+        {
+            uint8_t const* const next = mDown[routing.experts[0].index].tile(tiles.first);
+            addProducts(mShared->down, tiles, next, work.sharedRows[rowsOf], work.count, work, worker, result,
+                [&work](size_t row) { return std::make_pair(row, work.sharedBy[row]); });
+        }
+        for (size_t slot = 0; slot < routing.active; ++slot)
+        {
+            Routing::Expert const expert = routing.experts[slot];
+            uint8_t const* const next
+                = slot + 1 < routing.active ? mDown[routing.experts[slot + 1].index].tile(tiles.first) : nullptr;
+            addProducts(mDown[expert.index], tiles, next, rowsFrom(work.innerRows[rowsOf], expert.firstPair),
+                expert.pairs, work, worker, result,
+                [&routing, expert](size_t row)
+                {
+                    size_t const pair = expert.firstPair + row;
+                    return std::make_pair(static_cast<size_t>(routing.tokens[pair]), routing.weights[pair]);
+                });
+        }
+    }
+
+    // result[token] += weight * (row by the tiles of `down`) for each row, whose token and weight `of` tells.
+    template <typename Of>
+    void addProducts(QuantizedMatrix const& down, TileRange tiles, uint8_t const* next, QuantizedRows const& rows,
+        size_t count, Work const& work, size_t worker, float* result, Of const& of) const noexcept
+    {
+        float* const products = work.floats[worker];
+        for (size_t i = 0; i < tiles.count; ++i)
+        {
+            size_t const tile = tiles.first + i;
+            size_t const column = tile * kTileColumns;
+            size_t const columns = std::min(kTileColumns, mDepth - column);
+            mProducts.byTile(tileOf(down, tile, i + 1 < tiles.count ? nullptr : next), rows, count, products,
+                kTileColumns, work.panels[worker]);
+            for (size_t row = 0; row < count; ++row)
+            {
+                auto const [token, by] = of(row);
+                float* const target = result + token * mDepth + column;
+                for (size_t k = 0; k < columns; ++k)
+                {
+                    target[k] += by * products[row * kTileColumns + k];
+                }
+            }
+        }
     }
 
     size_t mDepth;

@@ -26,6 +26,7 @@ struct Tile
     size_t codeBytes;
     int32_t bits;
     bool hasOffsets;
+    uint8_t const* next; // the tile that this thread will probably read then
 };
 
 struct Products

@@ -10,7 +10,6 @@ namespace
 {
 
 constexpr size_t kVectors = 4; // of 8 outputs each
-constexpr size_t kPrefetch = 1024;
 
 int32_t fourCodes(int8_t const* codes) noexcept
 {
@@ -44,6 +43,8 @@ void multiplyBlock(Tile const& tile, QuantizedRows const& rows, size_t first, fl
     for (size_t group = 0; group < rows.groups; ++group)
     {
         uint8_t const* const codes = tile.data + group * tile.groupBytes;
+        // While a group is multiplied the one behind it is fetched, behind the last one the next tile's first.
+        uint8_t const* const ahead = group + 1 < rows.groups ? codes + tile.groupBytes : tile.next;
         int8_t const* activations[Count];
         __m256i sums[Count][kVectors];
         for (size_t r = 0; r < Count; ++r)
@@ -60,7 +61,7 @@ void multiplyBlock(Tile const& tile, QuantizedRows const& rows, size_t first, fl
             uint8_t const* const source = codes + step * kStepBytes;
             for (size_t line = 0; line < kStepBytes; line += 64)
             {
-                _mm_prefetch(reinterpret_cast<char const*>(source) + kPrefetch + line, _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<char const*>(ahead + step * kStepBytes + line), _MM_HINT_T0);
             }
             __m256i even[Count];
             __m256i odd[Count];

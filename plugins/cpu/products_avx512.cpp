@@ -17,7 +17,6 @@ namespace
 
 constexpr size_t kColumns = 32;
 constexpr size_t kRowsUnpacked = 5;   // from so many rows on 4-bit codes are unpacked once for all of them
-constexpr size_t kPrefetch = 1024;    // bytes ahead; the hardware alone reaches 0.85 of it
 
 QWENFORGE_INLINE inline int32_t fourCodes(int8_t const* codes) noexcept
 {
@@ -102,6 +101,15 @@ void multiplyBlock(Tile const& tile, uint8_t const* codes, size_t codeStride, in
                 }
             });
         uint8_t const* weights = codes + group * codeStride;
+        // While a group is multiplied the one behind it is fetched, behind the last one the next tile's first.
+        uint8_t const* ahead = group + 1 < rows.groups ? weights + codeStride : tile.next;
+        if constexpr (Count <= 4)
+        {
+            for (size_t at = tile.codeBytes; at < tile.groupBytes; at += 64)
+            {
+                _mm_prefetch(reinterpret_cast<char const*>(ahead) + at, _MM_HINT_T0);
+            }
+        }
         // Three rows share a pointer: there are not as many registers as rows.
         int8_t const* const start = rows.codes + group * rows.groupSize;
         int8_t const* pointers[(Count + 2) / 3];
@@ -114,11 +122,12 @@ void multiplyBlock(Tile const& tile, uint8_t const* codes, size_t codeStride, in
                 {
                     if constexpr (Count <= 4)
                     {
-                        _mm_prefetch(reinterpret_cast<char const*>(weights) + kPrefetch, _MM_HINT_T0);
+                        _mm_prefetch(reinterpret_cast<char const*>(ahead), _MM_HINT_T0);
                         if constexpr (Bits == 8)
                         {
-                            _mm_prefetch(reinterpret_cast<char const*>(weights) + kPrefetch + 64, _MM_HINT_T0);
+                            _mm_prefetch(reinterpret_cast<char const*>(ahead) + 64, _MM_HINT_T0);
                         }
+                        ahead += kStepBytes;
                     }
                     Step const step = stepOf<Bits>(weights);
                     forEach<Count>(

@@ -135,4 +135,25 @@ float const* Prologue::row(Products const& products, size_t row, float* memory) 
     return memory;
 }
 
+void multiplyGateUp(Products const& products, QuantizedMatrix const& gate, QuantizedMatrix const& up, TileRange tiles,
+    QuantizedRows const& rows, size_t count, float* inner, size_t width, float* memory, uint8_t* panel) noexcept
+{
+    size_t const end = std::min(tiles.first + tiles.count, gate.tiles());
+    for (size_t tile = tiles.first; tile < end; ++tile)
+    {
+        uint8_t const* const next = tile + 1 < end ? nullptr : up.tile(tiles.first);
+        products.byTile(tileOf(gate, tile, next), rows, count, inner + tile * kTileColumns, width, panel);
+    }
+    for (size_t tile = tiles.first; tile < end; ++tile)
+    {
+        uint8_t const* const next = tile + 1 < end ? nullptr : gate.tile(end);
+        products.byTile(tileOf(up, tile, next), rows, count, memory, kTileColumns, panel);
+        for (size_t row = 0; row < count; ++row)
+        {
+            products.gateBy(
+                inner + row * width + tile * kTileColumns, memory + row * kTileColumns, kTileColumns);
+        }
+    }
+}
+
 } // namespace qwenforge::cpu

@@ -7,6 +7,7 @@
 #include "cpu/quantized_matrix.h"
 #include "cpu/scratch.h"
 
+#include <algorithm>
 #include <string>
 
 namespace qwenforge::cpu
@@ -36,9 +37,19 @@ View<float> vectorAt(Node const& node, size_t input, char const* name, size_t el
 
 size_t positive(Node const& node, char const* attribute);
 
-inline Tile tileOf(QuantizedMatrix const& matrix, size_t index) noexcept
+inline constexpr size_t kItemsOfAWorker = 8;
+
+// Tile number `index`; the thread will read `next` then, by default the tile behind it.
+inline Tile tileOf(QuantizedMatrix const& matrix, size_t index, uint8_t const* next = nullptr) noexcept
 {
-    return {matrix.tile(index), matrix.groupBytes(), matrix.codeBytes(), matrix.bits(), matrix.hasOffsets()};
+    return {matrix.tile(index), matrix.groupBytes(), matrix.codeBytes(), matrix.bits(), matrix.hasOffsets(),
+        next != nullptr ? next : matrix.tile(index + 1)};
+}
+
+// How many of `tiles` make an item: threads read long stretches of a matrix, and still end together.
+inline size_t tilesOfAnItem(size_t tiles, size_t workers) noexcept
+{
+    return std::max<size_t>(1, tiles / (kItemsOfAWorker * workers));
 }
 
 // Rows of activations for products by matrices of this depth and group size, of undefined content.
@@ -73,6 +84,17 @@ struct Prologue
     // Row `row` of what the products take; `memory` [depth] is for a row that is not there yet.
     float const* row(Products const& products, size_t row, float* memory) const noexcept;
 };
+
+struct TileRange
+{
+    size_t first;
+    size_t count; // as far as there are so many
+};
+
+// inner [count, width], columns of the tiles = silu(rows gate^T) * (rows up^T). `memory` [count, 32] and `panel` are the
+// worker's.
+void multiplyGateUp(Products const& products, QuantizedMatrix const& gate, QuantizedMatrix const& up, TileRange tiles,
+    QuantizedRows const& rows, size_t count, float* inner, size_t width, float* memory, uint8_t* panel) noexcept;
 
 // So few rows are made ready by the thread that calls: the others would have to wait for it either way.
 inline constexpr size_t kFewRows = 4;
