@@ -86,7 +86,7 @@ def lower_quantized(
         UnsupportedError: weights are of a format for which ONNX Runtime has no kernel on a CPU.
     """
     if kernels == "qwenforge":
-        raise NotImplementedError("lowering to the ops of libqwenforge_cpu.so")
+        return CpuGraphs(lower(portable, "ort-cpu", products="blocks", own_ops=True), None)
     if optimize == "memory":
         return CpuGraphs(lower(portable, "ort-cpu", products="static"), None)
     prefill = lower(portable.clone(), "ort-cpu", products="integers")

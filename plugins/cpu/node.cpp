@@ -82,6 +82,28 @@ float Node::number(char const* attribute) const
     return value;
 }
 
+int64_t Node::integer(char const* attribute, int64_t absent) const noexcept
+{
+    int64_t value = 0;
+    if (OrtStatus* const status = mApi.KernelInfoGetAttribute_int64(mInfo, attribute, &value))
+    {
+        mApi.ReleaseStatus(status);
+        return absent;
+    }
+    return value;
+}
+
+float Node::number(char const* attribute, float absent) const noexcept
+{
+    float value = 0;
+    if (OrtStatus* const status = mApi.KernelInfoGetAttribute_float(mInfo, attribute, &value))
+    {
+        mApi.ReleaseStatus(status);
+        return absent;
+    }
+    return value;
+}
+
 bool Node::has(size_t input) const
 {
     size_t count = 0;

@@ -68,6 +68,10 @@ public:
     int64_t integer(char const* attribute) const;
     float number(char const* attribute) const;
 
+    // For attributes that a node may leave out.
+    int64_t integer(char const* attribute, int64_t absent) const noexcept;
+    float number(char const* attribute, float absent) const noexcept;
+
     // Whether the input is connected.
     bool has(size_t input) const;
 

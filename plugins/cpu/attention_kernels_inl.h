@@ -1,0 +1,392 @@
+// The kernels of CachedAttention, for the instruction set of the translation unit that includes this.
+//
+// Keys and values of one head are read once, in tiles, for all queries that share it; what is kept of the scores are those
+// of a few queries and one tile (online softmax: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
+//
+// Values that a query does not see are never multiplied, not even by a probability of 0: theirs may be NaN.
+
+#pragma once
+
+#include "cpu/attention_kernels.h"
+#include "cpu/vectors.h"
+
+namespace qwenforge::cpu
+{
+namespace
+{
+
+#if defined(__AVX512F__)
+constexpr size_t kColumnsAtOnce = 4; // vectors; of 32 registers 6 * 4 are sums
+#else
+constexpr size_t kColumnsAtOnce = 2; // of 16 registers 6 * 2 are
+#endif
+
+// From here on, the keys of a tile are worth transposing.
+constexpr size_t kRowsForPanels = 8;
+
+// sums [kRows, kColumns vectors] = (kAdds: +=) left [kRows, depth] @ right [depth, kColumns vectors].
+template <size_t kRows, size_t kColumns, bool kAdds>
+void multiplyBlock(float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth, float* sums,
+    size_t sumStride) noexcept
+{
+    Floats block[kRows][kColumns];
+    QWENFORGE_UNROLL
+    for (size_t r = 0; r < kRows; ++r)
+    {
+        QWENFORGE_UNROLL
+        for (size_t c = 0; c < kColumns; ++c)
+        {
+            block[r][c] = kAdds ? load(sums + r * sumStride + c * kLanes) : Floats{};
+        }
+    }
+    for (size_t k = 0; k < depth; ++k)
+    {
+        Floats columns[kColumns];
+        QWENFORGE_UNROLL
+        for (size_t c = 0; c < kColumns; ++c)
+        {
+            columns[c] = load(right + k * rightStride + c * kLanes);
+        }
+        QWENFORGE_UNROLL
+        for (size_t r = 0; r < kRows; ++r)
+        {
+            Floats const factor = broadcast(left[r * leftStride + k]);
+            QWENFORGE_UNROLL
+            for (size_t c = 0; c < kColumns; ++c)
+            {
+                block[r][c] += factor * columns[c];
+            }
+        }
+    }
+    QWENFORGE_UNROLL
+    for (size_t r = 0; r < kRows; ++r)
+    {
+        QWENFORGE_UNROLL
+        for (size_t c = 0; c < kColumns; ++c)
+        {
+            store(sums + r * sumStride + c * kLanes, block[r][c]);
+        }
+    }
+}
+
+template <size_t kRows, bool kAdds>
+void multiplyRows(float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth,
+    size_t vectors, float* sums, size_t sumStride) noexcept
+{
+    size_t column = 0;
+    for (; column + kColumnsAtOnce <= vectors; column += kColumnsAtOnce)
+    {
+        multiplyBlock<kRows, kColumnsAtOnce, kAdds>(
+            left, leftStride, right + column * kLanes, rightStride, depth, sums + column * kLanes, sumStride);
+    }
+    for (; column < vectors; ++column)
+    {
+        multiplyBlock<kRows, 1, kAdds>(
+            left, leftStride, right + column * kLanes, rightStride, depth, sums + column * kLanes, sumStride);
+    }
+}
+
+// At most kMostRowsAtOnce rows.
+template <bool kAdds>
+void multiply(size_t rows, float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth,
+    size_t vectors, float* sums, size_t sumStride) noexcept
+{
+    using Multiply = void (*)(float const*, size_t, float const*, size_t, size_t, size_t, float*, size_t);
+    static constexpr Multiply byRows[kMostRowsAtOnce] = {multiplyRows<1, kAdds>, multiplyRows<2, kAdds>,
+        multiplyRows<3, kAdds>, multiplyRows<4, kAdds>, multiplyRows<5, kAdds>, multiplyRows<6, kAdds>};
+    byRows[rows - 1](left, leftStride, right, rightStride, depth, vectors, sums, sumStride);
+}
+
+// panel [headSize, kKeysPerTile] = keys [count, headSize] transposed; what stands beside the last key is any of them.
+void transposeKeys(float const* keys, size_t count, size_t headSize, float* panel) noexcept
+{
+    size_t const whole = headSize - headSize % kLanes;
+    for (size_t key = 0; key < count; key += kLanes)
+    {
+        float const* rows[kLanes];
+        for (size_t i = 0; i < kLanes; ++i)
+        {
+            rows[i] = keys + (key + i < count ? key + i : count - 1) * headSize;
+        }
+        for (size_t d = 0; d < whole; d += kLanes)
+        {
+            Floats block[kLanes];
+            QWENFORGE_UNROLL
+            for (size_t i = 0; i < kLanes; ++i)
+            {
+                block[i] = load(rows[i] + d);
+            }
+            transpose(block);
+            QWENFORGE_UNROLL
+            for (size_t i = 0; i < kLanes; ++i)
+            {
+                store(panel + (d + i) * kKeysPerTile + key, block[i]);
+            }
+        }
+        for (size_t d = whole; d < headSize; ++d)
+        {
+            for (size_t i = 0; i < kLanes; ++i)
+            {
+                panel[d * kKeysPerTile + key + i] = rows[i][d];
+            }
+        }
+    }
+}
+
+// scores [rows, kKeysPerTile] of as many keys as fill whole vectors; headSize is a multiple of kLanes.
+void scoreByDots(size_t rows, float const* queries, float const* keys, size_t count, size_t headSize, float* scores) noexcept
+{
+    for (size_t key = 0; key < count; key += kLanes)
+    {
+        float const* vectors[kLanes];
+        QWENFORGE_UNROLL
+        for (size_t i = 0; i < kLanes; ++i)
+        {
+            vectors[i] = keys + (key + i < count ? key + i : count - 1) * headSize;
+        }
+        for (size_t r = 0; r < rows; ++r)
+        {
+            Floats products[kLanes] = {};
+            for (size_t d = 0; d < headSize; d += kLanes)
+            {
+                Floats const query = load(queries + r * headSize + d);
+                QWENFORGE_UNROLL
+                for (size_t i = 0; i < kLanes; ++i)
+                {
+                    products[i] += query * load(vectors[i] + d);
+                }
+            }
+            store(scores + r * kKeysPerTile + key, sumsOf(products));
+        }
+    }
+}
+
+// The keys of a tile that a row sees, counted from the tile's first.
+struct Range
+{
+    size_t begin;
+    size_t end;
+};
+
+// Scores become probabilities of a maximum that may rise: then what was summed before shrinks.
+void addTile(float* scores, Range range, float& maximum, float& weight, float* sums, size_t vectors) noexcept
+{
+    size_t const first = range.begin / kLanes;
+    size_t const last = (range.end + kLanes - 1) / kLanes;
+    if (range.begin % kLanes != 0 || range.end % kLanes != 0)
+    {
+        for (size_t i = first * kLanes; i < range.begin; ++i)
+        {
+            scores[i] = -kInfinity;
+        }
+        for (size_t i = range.end; i < last * kLanes; ++i)
+        {
+            scores[i] = -kInfinity;
+        }
+    }
+    Floats largest = broadcast(maximum);
+    for (size_t i = first; i < last; ++i)
+    {
+        largest = larger(load(scores + i * kLanes), largest);
+    }
+    float const raised = largestOf(largest);
+    if (raised > maximum)
+    {
+        float const shrink = exponential2(maximum - raised);
+        maximum = raised;
+        weight *= shrink;
+        for (size_t i = 0; i < vectors; ++i)
+        {
+            store(sums + i * kLanes, load(sums + i * kLanes) * shrink);
+        }
+    }
+    // Scores of -inf alone are no numbers after the subtraction of themselves.
+    Floats const origin = broadcast(maximum == -kInfinity ? 0.0F : maximum);
+    Floats total{};
+    for (size_t i = first; i < last; ++i)
+    {
+        Floats const probabilities = exponential2(load(scores + i * kLanes) - origin);
+        store(scores + i * kLanes, probabilities);
+        total += probabilities;
+    }
+    weight += sumOf(total);
+}
+
+// sums [rows, vectors] += probabilities [rows, kKeysPerTile] @ values, each row of those that it sees.
+void addValues(size_t rows, float const* probabilities, Range const* ranges, float const* values, size_t valueStride,
+    float* sums, size_t vectors) noexcept
+{
+    Range shared{0, kKeysPerTile};
+    for (size_t r = 0; r < rows; ++r)
+    {
+        shared.begin = ranges[r].begin > shared.begin ? ranges[r].begin : shared.begin;
+        shared.end = ranges[r].end < shared.end ? ranges[r].end : shared.end;
+    }
+    if (shared.begin >= shared.end)
+    {
+        shared = {kKeysPerTile, kKeysPerTile};
+    }
+    size_t const stride = vectors * kLanes;
+    auto const add = [&](size_t row, size_t count, size_t begin, size_t end)
+    {
+        if (begin < end)
+        {
+            multiply<true>(count, probabilities + row * kKeysPerTile + begin, kKeysPerTile, values + begin * valueStride,
+                valueStride, end - begin, vectors, sums + row * stride, stride);
+        }
+    };
+    add(0, rows, shared.begin, shared.end);
+    for (size_t r = 0; r < rows; ++r)
+    {
+        add(r, 1, ranges[r].begin, ranges[r].end < shared.begin ? ranges[r].end : shared.begin);
+        add(r, 1, ranges[r].begin > shared.end ? ranges[r].begin : shared.end, ranges[r].end);
+    }
+}
+
+size_t minimumOf(size_t a, size_t b) noexcept
+{
+    return a < b ? a : b;
+}
+
+size_t maximumOf(size_t a, size_t b) noexcept
+{
+    return a > b ? a : b;
+}
+
+// The keys that row number `row` sees of those from `begin` to `end`, counted from `begin`.
+Range seen(AttentionItem const& item, size_t row, size_t begin, size_t end) noexcept
+{
+    size_t const behind = item.firstPosition + row / item.group + 1;
+    size_t const first = behind > item.window ? behind - item.window : 0;
+    size_t const from = minimumOf(maximumOf(first, begin), end);
+    return {from - begin, maximumOf(minimumOf(behind, end), from) - begin};
+}
+
+void attend(AttentionItem const& item, PartialAttention const& result, float* scratch)
+{
+    size_t const headSize = item.headSize;
+    size_t const padded = (headSize + kWidestVector - 1) / kWidestVector * kWidestVector;
+    bool const wholeVectors = headSize % kLanes == 0;
+    size_t const vectors = (headSize + kLanes - 1) / kLanes;
+    size_t const stride = vectors * kLanes;
+    float* const panel = scratch;
+    float* const paddedValues = panel + headSize * kKeysPerTile;
+    float* const scores = paddedValues + padded * kKeysPerTile;
+
+    for (size_t i = 0; i < item.rows * stride; i += kLanes)
+    {
+        store(result.sums + i, Floats{});
+    }
+    for (size_t r = 0; r < item.rows; ++r)
+    {
+        result.maxima[r] = -kInfinity;
+        result.weights[r] = 0;
+    }
+    // Blocks of nearly the same height.
+    size_t const blocks = (item.rows + kMostRowsAtOnce - 1) / kMostRowsAtOnce;
+    size_t const height = (item.rows + blocks - 1) / blocks;
+    size_t const begin = item.keyBegin + seen(item, 0, item.keyBegin, item.keyEnd).begin;
+    size_t const end = item.keyBegin + seen(item, item.rows - 1, item.keyBegin, item.keyEnd).end;
+    for (size_t key = begin; key < end; key += kKeysPerTile)
+    {
+        size_t const count = minimumOf(kKeysPerTile, end - key);
+        float const* const keys = item.keys + key * headSize;
+        float const* values = item.values + key * headSize;
+        bool const byDots = wholeVectors && item.rows < kRowsForPanels;
+        if (!byDots)
+        {
+            transposeKeys(keys, count, headSize, panel);
+        }
+        if (!wholeVectors)
+        {
+            for (size_t i = 0; i < count; ++i)
+            {
+                for (size_t d = 0; d < stride; ++d)
+                {
+                    paddedValues[i * stride + d] = d < headSize ? values[i * headSize + d] : 0;
+                }
+            }
+            values = paddedValues;
+        }
+        for (size_t row = 0; row < item.rows; row += height)
+        {
+            size_t const rows = minimumOf(height, item.rows - row);
+            Range ranges[kMostRowsAtOnce];
+            size_t behind = 0;
+            for (size_t r = 0; r < rows; ++r)
+            {
+                ranges[r] = seen(item, row + r, key, key + count);
+                behind = ranges[r].begin < ranges[r].end ? maximumOf(behind, ranges[r].end) : behind;
+            }
+            if (behind == 0)
+            {
+                continue;
+            }
+            if (byDots)
+            {
+                scoreByDots(rows, item.queries + row * headSize, keys, behind, headSize, scores);
+            }
+            else
+            {
+                multiply<false>(rows, item.queries + row * headSize, headSize, panel, kKeysPerTile, headSize,
+                    (behind + kLanes - 1) / kLanes, scores, kKeysPerTile);
+            }
+            for (size_t r = 0; r < rows; ++r)
+            {
+                if (ranges[r].begin < ranges[r].end)
+                {
+                    addTile(scores + r * kKeysPerTile, ranges[r], result.maxima[row + r], result.weights[row + r],
+                        result.sums + (row + r) * stride, vectors);
+                }
+            }
+            addValues(rows, scores, ranges, values, stride, result.sums + row * stride, vectors);
+        }
+    }
+}
+
+void merge(PartialAttention const* parts, size_t count, size_t row, size_t headSize, float* output)
+{
+    size_t const stride = (headSize + kLanes - 1) / kLanes * kLanes;
+    float maximum = -kInfinity;
+    for (size_t i = 0; i < count; ++i)
+    {
+        maximum = parts[i].maxima[row] > maximum ? parts[i].maxima[row] : maximum;
+    }
+    float weight = 0;
+    for (size_t i = 0; i < count; ++i)
+    {
+        float const share = parts[i].maxima[row] == maximum ? 1.0F : exponential2(parts[i].maxima[row] - maximum);
+        float const* const sums = parts[i].sums + row * stride;
+        weight += share * parts[i].weights[row];
+        for (size_t d = 0; d < headSize; ++d)
+        {
+            output[d] = i == 0 ? share * sums[d] : output[d] + share * sums[d];
+        }
+    }
+    float const factor = 1 / weight;
+    for (size_t d = 0; d < headSize; ++d)
+    {
+        output[d] *= factor;
+    }
+}
+
+void rotate(float const* head, Rotation const& rotation, size_t headSize, float factor, float* turned)
+{
+    size_t const half = rotation.half;
+    for (size_t i = 0; i < half; ++i)
+    {
+        float const first = head[i];
+        float const second = head[half + i];
+        turned[i] = factor * (first * rotation.cosines[i] - second * rotation.sines[i]);
+        turned[half + i] = factor * (second * rotation.cosines[i] + first * rotation.sines[i]);
+    }
+    for (size_t i = 2 * half; i < headSize; ++i)
+    {
+        turned[i] = factor * head[i];
+    }
+}
+
+constexpr AttentionKernels kKernels{rotate, attend, merge};
+
+} // namespace
+} // namespace qwenforge::cpu

@@ -1,0 +1,311 @@
+// CachedAttention: rotates queries and keys, appends keys and values to the cache and attends, in one op.
+
+#include "cpu/attention.h"
+#include "cpu/attention_kernels.h"
+#include "cpu/instruction_set.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace qwenforge::cpu
+{
+namespace
+{
+
+AttentionKernels const& kernelsOf(InstructionSet set) noexcept
+{
+#if defined(__x86_64__)
+    switch (set)
+    {
+    case InstructionSet::kAvx512Vnni: return kAvx512Attention;
+    case InstructionSet::kAvx2: return kAvx2Attention;
+    case InstructionSet::kBaseline: break;
+    }
+#else
+    (void)set;
+#endif
+    return kBaselineAttention;
+}
+
+// A thread's own memory, kept between calls: at the end of an item nothing in it is wanted any more.
+float* threadMemory(size_t floats)
+{
+    thread_local std::vector<float> memory;
+    if (memory.size() < floats)
+    {
+        memory.resize(floats);
+    }
+    return memory.data();
+}
+
+size_t padded(size_t headSize) noexcept
+{
+    return (headSize + kWidestVector - 1) / kWidestVector * kWidestVector;
+}
+
+size_t partialFloats(size_t rows, size_t headSize) noexcept
+{
+    return rows * (padded(headSize) + 2);
+}
+
+PartialAttention partialAt(float* memory, size_t rows, size_t headSize) noexcept
+{
+    float* const maxima = memory + rows * padded(headSize);
+    return {memory, maxima, maxima + rows};
+}
+
+// One call, while its stages run.
+class Run
+{
+public:
+    Run(AttentionAttributes const& attributes, AttentionKernels const& kernels, AttentionCall const& call,
+        AttentionPlan const& plan, float* output, float* keys, float* values)
+        : mAttributes(attributes)
+        , mKernels(kernels)
+        , mCall(call)
+        , mPlan(plan)
+        , mOutput(output)
+        , mKeys(keys)
+        , mValues(values)
+        , mScale((attributes.scale != 0 ? attributes.scale : 1 / std::sqrt(static_cast<float>(call.headSize)))
+              * 1.44269504F) // log2(e)
+        , mInPlace(keys == call.pastKeys && values == call.pastValues)
+    {
+    }
+
+    void addStages(Stages& stages)
+    {
+        size_t const heads = mCall.batch * mAttributes.kvHeads;
+        // Tokens of other tiles have to be in the cache first; those of one tile are put there by whoever reads them.
+        bool const appendsFirst = !mInPlace || mPlan.tiles > 1;
+        if (appendsFirst)
+        {
+            stages.add(heads,
+                [this](size_t head, size_t)
+                {
+                    copyPast(head);
+                    append(head, 0, mCall.capacity);
+                });
+        }
+        if (mPlan.shares > 1)
+        {
+            mPartials.resize(heads * mPlan.shares * partialFloats(rowsPerTile(), mCall.headSize));
+        }
+        stages.add(heads * mPlan.tiles * mPlan.shares,
+            [this, appendsFirst](size_t item, size_t)
+            {
+                size_t const share = item % mPlan.shares;
+                size_t const tile = item / mPlan.shares % mPlan.tiles;
+                attend(item / mPlan.shares / mPlan.tiles, tile, share, !appendsFirst);
+            });
+        if (mPlan.shares > 1)
+        {
+            stages.add(heads, [this](size_t head, size_t) { mergeShares(head); });
+        }
+    }
+
+private:
+    size_t rowsPerTile() const noexcept
+    {
+        return mPlan.tokensPerTile * mAttributes.group();
+    }
+
+    size_t cacheStride() const noexcept
+    {
+        return mCall.capacity * mCall.headSize;
+    }
+
+    // Of head number `head` of a token: queries first, then keys, then values.
+    float const* packed(size_t row, size_t token, size_t head) const noexcept
+    {
+        size_t const heads = mAttributes.heads + 2 * mAttributes.kvHeads;
+        return mCall.packed + ((row * mCall.newTokens + token) * heads + head) * mCall.headSize;
+    }
+
+    float* output(size_t row, size_t token, size_t head) const noexcept
+    {
+        return mOutput + ((row * mCall.newTokens + token) * mAttributes.heads + head) * mCall.headSize;
+    }
+
+    Rotation rotation(size_t row, size_t token) const noexcept
+    {
+        if (mCall.halfRotated == 0)
+        {
+            return {nullptr, nullptr, 0};
+        }
+        size_t const offset = mCall.rotaryPosition(row, token) * mCall.halfRotated;
+        return {mCall.cosines + offset, mCall.sines + offset, mCall.halfRotated};
+    }
+
+    void copyPast(size_t head) const noexcept
+    {
+        size_t const offset = head * cacheStride();
+        if (mKeys != mCall.pastKeys)
+        {
+            std::memcpy(mKeys + offset, mCall.pastKeys + offset, cacheStride() * sizeof(float));
+        }
+        if (mValues != mCall.pastValues)
+        {
+            std::memcpy(mValues + offset, mCall.pastValues + offset, cacheStride() * sizeof(float));
+        }
+    }
+
+    // Puts the new tokens whose indices are from `begin` to `end` into the cache.
+    void append(size_t head, size_t begin, size_t end) const noexcept
+    {
+        size_t const row = head / mAttributes.kvHeads;
+        size_t const kvHead = head % mAttributes.kvHeads;
+        size_t const first = mCall.firstPosition(row);
+        for (size_t token = 0; token < mCall.newTokens; ++token)
+        {
+            size_t const index = first + token;
+            if (index < begin || index >= end)
+            {
+                continue;
+            }
+            size_t const offset = head * cacheStride() + index * mCall.headSize;
+            mKernels.rotate(packed(row, token, mAttributes.heads + kvHead), rotation(row, token), mCall.headSize, 1,
+                mKeys + offset);
+            std::memcpy(mValues + offset, packed(row, token, mAttributes.heads + mAttributes.kvHeads + kvHead),
+                mCall.headSize * sizeof(float));
+        }
+    }
+
+    void attend(size_t head, size_t tile, size_t share, bool appends)
+    {
+        size_t const row = head / mAttributes.kvHeads;
+        size_t const group = mAttributes.group();
+        size_t const headSize = mCall.headSize;
+        size_t const firstToken = tile * mPlan.tokensPerTile;
+        size_t const tokens = std::min(mPlan.tokensPerTile, mCall.newTokens - firstToken);
+
+        AttentionItem item{};
+        item.headSize = headSize;
+        item.rows = tokens * group;
+        item.group = group;
+        item.keys = mKeys + head * cacheStride();
+        item.values = mValues + head * cacheStride();
+        item.firstPosition = mCall.firstPosition(row) + firstToken;
+        item.window = mAttributes.window == 0 ? mCall.capacity : mAttributes.window;
+        // Keys that some query of the tile sees, in equal shares of whole tiles.
+        size_t const end = item.firstPosition + tokens;
+        size_t const begin = item.firstPosition + 1 > item.window ? item.firstPosition + 1 - item.window : 0;
+        size_t const tilesOfKeys = (end - begin + kKeysPerTile - 1) / kKeysPerTile;
+        size_t const keysPerShare = (tilesOfKeys + mPlan.shares - 1) / mPlan.shares * kKeysPerTile;
+        item.keyBegin = std::min(end, begin + share * keysPerShare);
+        item.keyEnd = std::min(end, item.keyBegin + keysPerShare);
+        if (appends)
+        {
+            append(head, item.keyBegin, item.keyEnd);
+        }
+
+        size_t const scratch = attentionScratch(headSize);
+        size_t const partial = partialFloats(item.rows, headSize);
+        float* const memory = threadMemory(scratch + item.rows * headSize + partial);
+        float* const queries = memory + scratch;
+        for (size_t token = 0; token < tokens; ++token)
+        {
+            Rotation const turn = rotation(row, firstToken + token);
+            for (size_t i = 0; i < group; ++i)
+            {
+                size_t const queryHead = head % mAttributes.kvHeads * group + i;
+                mKernels.rotate(packed(row, firstToken + token, queryHead), turn, headSize, mScale,
+                    queries + (token * group + i) * headSize);
+            }
+        }
+        item.queries = queries;
+        if (mPlan.shares > 1)
+        {
+            mKernels.attend(item, partialOf(head, share), memory);
+            return;
+        }
+        PartialAttention const whole = partialAt(queries + item.rows * headSize, item.rows, headSize);
+        mKernels.attend(item, whole, memory);
+        write(row, head, firstToken, tokens, &whole);
+    }
+
+    PartialAttention partialOf(size_t head, size_t share) noexcept
+    {
+        size_t const floats = partialFloats(rowsPerTile(), mCall.headSize);
+        return partialAt(mPartials.data() + (head * mPlan.shares + share) * floats, rowsPerTile(), mCall.headSize);
+    }
+
+    void mergeShares(size_t head)
+    {
+        std::vector<PartialAttention> parts;
+        for (size_t share = 0; share < mPlan.shares; ++share)
+        {
+            parts.push_back(partialOf(head, share));
+        }
+        write(head / mAttributes.kvHeads, head, 0, mCall.newTokens, parts.data());
+    }
+
+    void write(size_t row, size_t head, size_t firstToken, size_t tokens, PartialAttention const* parts) const noexcept
+    {
+        size_t const group = mAttributes.group();
+        for (size_t token = 0; token < tokens; ++token)
+        {
+            for (size_t i = 0; i < group; ++i)
+            {
+                mKernels.merge(parts, mPlan.shares, token * group + i, mCall.headSize,
+                    output(row, firstToken + token, head % mAttributes.kvHeads * group + i));
+            }
+        }
+    }
+
+    AttentionAttributes const& mAttributes;
+    AttentionKernels const& mKernels;
+    AttentionCall const& mCall;
+    AttentionPlan const& mPlan;
+    float* mOutput;
+    float* mKeys; // the present ones
+    float* mValues;
+    float mScale;
+    bool mInPlace;
+    std::vector<float> mPartials; // [batch, kvHeads, shares] of partialFloats each
+};
+
+class CachedAttention : public Kernel
+{
+public:
+    explicit CachedAttention(Node const& node)
+        : mAttributes(node)
+        , mKernels(kernelsOf(instructionSet()))
+    {
+    }
+
+    void compute(Call const& context) const override
+    {
+        AttentionCall const call(mAttributes, context);
+        float* const output = context.output<float>(0, call.outputShape);
+        float* const keys = context.output<float>(1, call.presentShape);
+        float* const values = context.output<float>(2, call.presentShape);
+        if (output == nullptr || keys == nullptr || values == nullptr)
+        {
+            throw Refusal("an output is left out: all three, output, present_key and present_value, have to be named");
+        }
+        AttentionPlan const plan(mAttributes, call, workerCount());
+        Run run(mAttributes, mKernels, call, plan, output, keys, values);
+        Stages stages(workerCount());
+        run.addStages(stages);
+        context.run(stages);
+    }
+
+private:
+    AttentionAttributes mAttributes;
+    AttentionKernels const& mKernels;
+};
+
+} // namespace
+
+OpDefinition cachedAttention()
+{
+    return {"CachedAttention",
+        {kFloat, kOptionalFloat, kOptionalFloat, kFloat, kFloat, kInt32, kInt32, kOptionalFloat, kOptionalFloat,
+            kOptionalInt64},
+        {kFloat, kFloat, kFloat},
+        [](Node const& node) -> std::unique_ptr<Kernel> { return std::make_unique<CachedAttention>(node); }};
+}
+
+} // namespace qwenforge::cpu
