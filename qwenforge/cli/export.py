@@ -392,7 +392,7 @@ def _print(report: ExportReport) -> None:
     if report.ort_cuda is not None:
         console.print(_ort_cuda(report.ort_cuda), markup=False)
     if report.ort_cpu is not None:
-        console.print(f"kernels: {KERNELS_OF[report.ort_cpu.kernels]} ({report.ort_cpu.basis})", markup=False)
+        console.print(f"kernels: {KERNELS_OF[report.ort_cpu.kernels]}; {report.ort_cpu.basis}", markup=False)
     if report.quantization is not None:
         _print_quantization(console, report.quantization)
     if report.static_scales is not None:
