@@ -67,11 +67,19 @@ _BIAS = 5
 
 def matrix(product: ir.Node) -> list[ir.Value | None]:
     """Codes, scales and zero points (None: the middle) of a MatMulNBits."""
-    return [*product.inputs[1:_ZERO_POINTS], product.inputs[_ZERO_POINTS] if len(product.inputs) > _ZERO_POINTS else None]
+    return [
+        *product.inputs[1:_ZERO_POINTS],
+        product.inputs[_ZERO_POINTS] if len(product.inputs) > _ZERO_POINTS else None,
+    ]
 
 
 def make(
-    model: ir.Model, op_type: str, inputs: list[ir.Value | None], attributes: dict[str, object], name: str | None, rule: str
+    model: ir.Model,
+    op_type: str,
+    inputs: list[ir.Value | None],
+    attributes: dict[str, object],
+    name: str | None,
+    rule: str,
 ) -> ir.Node:
     """A node of our domain with a result and, not yet wanted, the sum of its prologue."""
     model.graph.opset_imports[names.CPU_DOMAIN] = 1

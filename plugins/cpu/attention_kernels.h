@@ -43,13 +43,14 @@ struct AttentionItem
 };
 
 inline constexpr size_t kKeysPerTile = 64;
+inline constexpr size_t kKeysPerPass = 256;
 inline constexpr size_t kWidestVector = 16; // of floats
 inline constexpr size_t kMostRowsAtOnce = 6;
 
-// A transposed tile of keys, a padded one of values, and scores.
+// A transposed tile of keys, a padded one of values, and scores of one or of a few passes.
 constexpr size_t attentionScratch(size_t headSize) noexcept
 {
-    return kKeysPerTile * (2 * headSize + kWidestVector + kMostRowsAtOnce);
+    return kKeysPerTile * (2 * headSize + kWidestVector + kMostRowsAtOnce) + 8 * kKeysPerPass;
 }
 
 struct AttentionKernels

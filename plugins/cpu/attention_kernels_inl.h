@@ -21,8 +21,25 @@ constexpr size_t kColumnsAtOnce = 4; // vectors; of 32 registers 6 * 4 are sums
 constexpr size_t kColumnsAtOnce = 2; // of 16 registers 6 * 2 are
 #endif
 
-// From here on, the keys of a tile are worth transposing.
-constexpr size_t kRowsForPanels = 8;
+// Up to here, the keys are not worth transposing.
+constexpr size_t kFewRows = 7;
+
+// Of blocks of nearly the same height.
+size_t heightOf(size_t rows) noexcept
+{
+    size_t const blocks = (rows + kMostRowsAtOnce - 1) / kMostRowsAtOnce;
+    return (rows + blocks - 1) / blocks;
+}
+
+size_t minimumOf(size_t a, size_t b) noexcept
+{
+    return a < b ? a : b;
+}
+
+size_t maximumOf(size_t a, size_t b) noexcept
+{
+    return a > b ? a : b;
+}
 
 // sums [kRows, kColumns vectors] = (kAdds: +=) left [kRows, depth] @ right [depth, kColumns vectors].
 template <size_t kRows, size_t kColumns, bool kAdds>
@@ -133,30 +150,42 @@ void transposeKeys(float const* keys, size_t count, size_t headSize, float* pane
     }
 }
 
-// scores [rows, kKeysPerTile] of as many keys as fill whole vectors; headSize is a multiple of kLanes.
-void scoreByDots(size_t rows, float const* queries, float const* keys, size_t count, size_t headSize, float* scores) noexcept
+// padded [count, stride] = rows [count, width], zero behind.
+void padRows(float const* rows, size_t count, size_t width, size_t stride, float* padded) noexcept
 {
+    for (size_t i = 0; i < count; ++i)
+    {
+        for (size_t d = 0; d < stride; ++d)
+        {
+            padded[i * stride + d] = d < width ? rows[i * width + d] : 0;
+        }
+    }
+}
+
+// scores [rows, kKeysPerPass] of as many keys as fill whole vectors. headSize is kHeadSize where that is not 0, and a
+// multiple of kLanes. Reads the keys in their order, as the processor foresees it.
+template <size_t kHeadSize>
+void scoreByDots(
+    size_t rows, float const* queries, float const* keys, size_t count, size_t anyHeadSize, float* scores) noexcept
+{
+    size_t const headSize = kHeadSize != 0 ? kHeadSize : anyHeadSize;
     for (size_t key = 0; key < count; key += kLanes)
     {
-        float const* vectors[kLanes];
-        QWENFORGE_UNROLL
-        for (size_t i = 0; i < kLanes; ++i)
-        {
-            vectors[i] = keys + (key + i < count ? key + i : count - 1) * headSize;
-        }
         for (size_t r = 0; r < rows; ++r)
         {
-            Floats products[kLanes] = {};
-            for (size_t d = 0; d < headSize; d += kLanes)
+            Floats products[kLanes];
+            QWENFORGE_UNROLL
+            for (size_t i = 0; i < kLanes; ++i)
             {
-                Floats const query = load(queries + r * headSize + d);
+                float const* const vector = keys + (key + i < count ? key + i : count - 1) * headSize;
+                products[i] = load(queries + r * headSize) * load(vector);
                 QWENFORGE_UNROLL
-                for (size_t i = 0; i < kLanes; ++i)
+                for (size_t d = kLanes; d < headSize; d += kLanes)
                 {
-                    products[i] += query * load(vectors[i] + d);
+                    products[i] += load(queries + r * headSize + d) * load(vector + d);
                 }
             }
-            store(scores + r * kKeysPerTile + key, sumsOf(products));
+            store(scores + r * kKeysPerPass + key, sumsOf(products));
         }
     }
 }
@@ -168,9 +197,17 @@ struct Range
     size_t end;
 };
 
-// Scores become probabilities of a maximum that may rise: then what was summed before shrinks.
-void addTile(float* scores, Range range, float& maximum, float& weight, float* sums, size_t vectors) noexcept
+// The scores that row number `row` sees become probabilities, of a maximum that may rise: then what was summed before
+// shrinks.
+void addScores(float* scores, Range range, size_t row, PartialAttention const& result, size_t vectors) noexcept
 {
+    if (range.begin >= range.end)
+    {
+        return;
+    }
+    float& maximum = result.maxima[row];
+    float& weight = result.weights[row];
+    float* const sums = result.sums + row * vectors * kLanes;
     size_t const first = range.begin / kLanes;
     size_t const last = (range.end + kLanes - 1) / kLanes;
     if (range.begin % kLanes != 0 || range.end % kLanes != 0)
@@ -212,45 +249,33 @@ void addTile(float* scores, Range range, float& maximum, float& weight, float* s
     weight += sumOf(total);
 }
 
-// sums [rows, vectors] += probabilities [rows, kKeysPerTile] @ values, each row of those that it sees.
-void addValues(size_t rows, float const* probabilities, Range const* ranges, float const* values, size_t valueStride,
-    float* sums, size_t vectors) noexcept
+// sums [rows, vectors] += probabilities [rows, scoreStride] @ values, each row of those that it sees. At most
+// kMostRowsAtOnce rows.
+void addValues(size_t rows, float const* probabilities, size_t scoreStride, Range const* ranges, float const* values,
+    size_t valueStride, float* sums, size_t vectors) noexcept
 {
-    Range shared{0, kKeysPerTile};
-    for (size_t r = 0; r < rows; ++r)
+    Range shared = ranges[0];
+    for (size_t r = 1; r < rows; ++r)
     {
-        shared.begin = ranges[r].begin > shared.begin ? ranges[r].begin : shared.begin;
-        shared.end = ranges[r].end < shared.end ? ranges[r].end : shared.end;
+        shared.begin = maximumOf(shared.begin, ranges[r].begin);
+        shared.end = minimumOf(shared.end, ranges[r].end);
     }
-    if (shared.begin >= shared.end)
-    {
-        shared = {kKeysPerTile, kKeysPerTile};
-    }
+    shared.end = maximumOf(shared.begin, shared.end);
     size_t const stride = vectors * kLanes;
     auto const add = [&](size_t row, size_t count, size_t begin, size_t end)
     {
         if (begin < end)
         {
-            multiply<true>(count, probabilities + row * kKeysPerTile + begin, kKeysPerTile, values + begin * valueStride,
+            multiply<true>(count, probabilities + row * scoreStride + begin, scoreStride, values + begin * valueStride,
                 valueStride, end - begin, vectors, sums + row * stride, stride);
         }
     };
     add(0, rows, shared.begin, shared.end);
     for (size_t r = 0; r < rows; ++r)
     {
-        add(r, 1, ranges[r].begin, ranges[r].end < shared.begin ? ranges[r].end : shared.begin);
-        add(r, 1, ranges[r].begin > shared.end ? ranges[r].begin : shared.end, ranges[r].end);
+        add(r, 1, ranges[r].begin, minimumOf(ranges[r].end, shared.begin));
+        add(r, 1, maximumOf(ranges[r].begin, shared.end), ranges[r].end);
     }
-}
-
-size_t minimumOf(size_t a, size_t b) noexcept
-{
-    return a < b ? a : b;
-}
-
-size_t maximumOf(size_t a, size_t b) noexcept
-{
-    return a > b ? a : b;
 }
 
 // The keys that row number `row` sees of those from `begin` to `end`, counted from `begin`.
@@ -262,17 +287,93 @@ Range seen(AttentionItem const& item, size_t row, size_t begin, size_t end) noex
     return {from - begin, maximumOf(minimumOf(behind, end), from) - begin};
 }
 
-void attend(AttentionItem const& item, PartialAttention const& result, float* scratch)
+size_t vectorsOf(size_t headSize) noexcept
+{
+    return (headSize + kLanes - 1) / kLanes;
+}
+
+// Few queries: the keys as they are, in long passes, since fetching them takes longer than the arithmetic.
+void attendFew(AttentionItem const& item, Range keys, PartialAttention const& result, float* scores) noexcept
 {
     size_t const headSize = item.headSize;
-    size_t const padded = (headSize + kWidestVector - 1) / kWidestVector * kWidestVector;
-    bool const wholeVectors = headSize % kLanes == 0;
-    size_t const vectors = (headSize + kLanes - 1) / kLanes;
-    size_t const stride = vectors * kLanes;
-    float* const panel = scratch;
-    float* const paddedValues = panel + headSize * kKeysPerTile;
-    float* const scores = paddedValues + padded * kKeysPerTile;
+    size_t const vectors = vectorsOf(headSize);
+    size_t const height = heightOf(item.rows);
+    auto const score = headSize == 64 ? scoreByDots<64> : headSize == 128 ? scoreByDots<128> : scoreByDots<0>;
+    for (size_t key = keys.begin; key < keys.end; key += kKeysPerPass)
+    {
+        size_t const behind = minimumOf(key + kKeysPerPass, keys.end);
+        score(item.rows, item.queries, item.keys + key * headSize, behind - key, headSize, scores);
+        for (size_t row = 0; row < item.rows; ++row)
+        {
+            addScores(scores + row * kKeysPerPass, seen(item, row, key, behind), row, result, vectors);
+        }
+        // Rows that do not fit together find the values of a tile in the level-1 cache.
+        for (size_t tile = key; tile < behind; tile += kKeysPerTile)
+        {
+            size_t const tileEnd = minimumOf(tile + kKeysPerTile, behind);
+            for (size_t row = 0; row < item.rows; row += height)
+            {
+                size_t const rows = minimumOf(height, item.rows - row);
+                Range ranges[kMostRowsAtOnce] = {};
+                for (size_t r = 0; r < rows; ++r)
+                {
+                    ranges[r] = seen(item, row + r, tile, tileEnd);
+                }
+                addValues(rows, scores + row * kKeysPerPass + (tile - key), kKeysPerPass, ranges,
+                    item.values + tile * headSize, headSize, result.sums + row * vectors * kLanes, vectors);
+            }
+        }
+    }
+}
 
+// Many queries: tiles of keys, transposed.
+void attendMany(AttentionItem const& item, Range keys, PartialAttention const& result, float* scratch) noexcept
+{
+    size_t const headSize = item.headSize;
+    size_t const vectors = vectorsOf(headSize);
+    size_t const stride = vectors * kLanes;
+    size_t const height = heightOf(item.rows);
+    float* const panel = scratch;
+    float* const scores = panel + headSize * kKeysPerTile;
+    float* const padded = scores + kMostRowsAtOnce * kKeysPerTile;
+    for (size_t key = keys.begin; key < keys.end; key += kKeysPerTile)
+    {
+        size_t const behind = minimumOf(key + kKeysPerTile, keys.end);
+        transposeKeys(item.keys + key * headSize, behind - key, headSize, panel);
+        float const* values = item.values + key * headSize;
+        if (stride != headSize)
+        {
+            padRows(values, behind - key, headSize, stride, padded);
+            values = padded;
+        }
+        for (size_t row = 0; row < item.rows; row += height)
+        {
+            size_t const rows = minimumOf(height, item.rows - row);
+            Range ranges[kMostRowsAtOnce] = {};
+            size_t count = 0;
+            for (size_t r = 0; r < rows; ++r)
+            {
+                ranges[r] = seen(item, row + r, key, behind);
+                count = ranges[r].begin < ranges[r].end ? maximumOf(count, ranges[r].end) : count;
+            }
+            if (count == 0)
+            {
+                continue;
+            }
+            multiply<false>(rows, item.queries + row * headSize, headSize, panel, kKeysPerTile, headSize,
+                vectorsOf(count), scores, kKeysPerTile);
+            for (size_t r = 0; r < rows; ++r)
+            {
+                addScores(scores + r * kKeysPerTile, ranges[r], row + r, result, vectors);
+            }
+            addValues(rows, scores, kKeysPerTile, ranges, values, stride, result.sums + row * stride, vectors);
+        }
+    }
+}
+
+void attend(AttentionItem const& item, PartialAttention const& result, float* scratch)
+{
+    size_t const stride = vectorsOf(item.headSize) * kLanes;
     for (size_t i = 0; i < item.rows * stride; i += kLanes)
     {
         store(result.sums + i, Floats{});
@@ -282,65 +383,15 @@ void attend(AttentionItem const& item, PartialAttention const& result, float* sc
         result.maxima[r] = -kInfinity;
         result.weights[r] = 0;
     }
-    // Blocks of nearly the same height.
-    size_t const blocks = (item.rows + kMostRowsAtOnce - 1) / kMostRowsAtOnce;
-    size_t const height = (item.rows + blocks - 1) / blocks;
-    size_t const begin = item.keyBegin + seen(item, 0, item.keyBegin, item.keyEnd).begin;
-    size_t const end = item.keyBegin + seen(item, item.rows - 1, item.keyBegin, item.keyEnd).end;
-    for (size_t key = begin; key < end; key += kKeysPerTile)
+    Range const keys{item.keyBegin + seen(item, 0, item.keyBegin, item.keyEnd).begin,
+        item.keyBegin + seen(item, item.rows - 1, item.keyBegin, item.keyEnd).end};
+    if (item.rows <= kFewRows && stride == item.headSize)
     {
-        size_t const count = minimumOf(kKeysPerTile, end - key);
-        float const* const keys = item.keys + key * headSize;
-        float const* values = item.values + key * headSize;
-        bool const byDots = wholeVectors && item.rows < kRowsForPanels;
-        if (!byDots)
-        {
-            transposeKeys(keys, count, headSize, panel);
-        }
-        if (!wholeVectors)
-        {
-            for (size_t i = 0; i < count; ++i)
-            {
-                for (size_t d = 0; d < stride; ++d)
-                {
-                    paddedValues[i * stride + d] = d < headSize ? values[i * headSize + d] : 0;
-                }
-            }
-            values = paddedValues;
-        }
-        for (size_t row = 0; row < item.rows; row += height)
-        {
-            size_t const rows = minimumOf(height, item.rows - row);
-            Range ranges[kMostRowsAtOnce];
-            size_t behind = 0;
-            for (size_t r = 0; r < rows; ++r)
-            {
-                ranges[r] = seen(item, row + r, key, key + count);
-                behind = ranges[r].begin < ranges[r].end ? maximumOf(behind, ranges[r].end) : behind;
-            }
-            if (behind == 0)
-            {
-                continue;
-            }
-            if (byDots)
-            {
-                scoreByDots(rows, item.queries + row * headSize, keys, behind, headSize, scores);
-            }
-            else
-            {
-                multiply<false>(rows, item.queries + row * headSize, headSize, panel, kKeysPerTile, headSize,
-                    (behind + kLanes - 1) / kLanes, scores, kKeysPerTile);
-            }
-            for (size_t r = 0; r < rows; ++r)
-            {
-                if (ranges[r].begin < ranges[r].end)
-                {
-                    addTile(scores + r * kKeysPerTile, ranges[r], result.maxima[row + r], result.weights[row + r],
-                        result.sums + (row + r) * stride, vectors);
-                }
-            }
-            addValues(rows, scores, ranges, values, stride, result.sums + row * stride, vectors);
-        }
+        attendFew(item, keys, result, scratch);
+    }
+    else
+    {
+        attendMany(item, keys, result, scratch);
     }
 }
 

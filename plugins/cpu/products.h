@@ -24,7 +24,9 @@ struct Tile
     uint8_t const* data;
     size_t groupBytes;
     size_t codeBytes;
+    size_t scaleBytes;
     int32_t bits;
+    bool hasHalfScales;
     bool hasOffsets;
     uint8_t const* next; // the tile that this thread will probably read then
 };

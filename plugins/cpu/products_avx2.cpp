@@ -33,6 +33,12 @@ __m256i codesOf(uint8_t const* codes, size_t vector) noexcept
     }
 }
 
+__m256 scalesOf(uint8_t const* scales, size_t vector, bool areHalves) noexcept
+{
+    return areHalves ? _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<__m128i const*>(scales) + vector))
+                     : _mm256_loadu_ps(reinterpret_cast<float const*>(scales) + 8 * vector);
+}
+
 template <int Count, int Bits>
 void multiplyBlock(Tile const& tile, QuantizedRows const& rows, size_t first, float* out, size_t stride) noexcept
 {
@@ -85,19 +91,20 @@ void multiplyBlock(Tile const& tile, QuantizedRows const& rows, size_t first, fl
                 }
             }
         }
-        float const* const scales = reinterpret_cast<float const*>(codes + tile.codeBytes);
+        uint8_t const* const scales = codes + tile.codeBytes;
+        float const* const offsets = reinterpret_cast<float const*>(scales + tile.scaleBytes);
         for (size_t r = 0; r < Count; ++r)
         {
             float const scale = rows.scales[(first + r) * rows.groups + group];
             float const sum = static_cast<float>(rows.sums[(first + r) * rows.groups + group]);
             for (size_t vector = 0; vector < kVectors; ++vector)
             {
-                __m256 const by = _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_loadu_ps(scales + 8 * vector));
+                __m256 const by = _mm256_mul_ps(_mm256_set1_ps(scale), scalesOf(scales, vector, tile.hasHalfScales));
                 totals[r][vector] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][vector]), by, totals[r][vector]);
                 if (tile.hasOffsets)
                 {
                     totals[r][vector] = _mm256_fnmadd_ps(
-                        _mm256_set1_ps(scale * sum), _mm256_loadu_ps(scales + 32 + 8 * vector), totals[r][vector]);
+                        _mm256_set1_ps(scale * sum), _mm256_loadu_ps(offsets + 8 * vector), totals[r][vector]);
                 }
             }
         }

@@ -53,6 +53,12 @@ QWENFORGE_INLINE inline Step stepOf(uint8_t const* codes) noexcept
     }
 }
 
+// 16 numbers of float16.
+QWENFORGE_INLINE inline __m512 ofHalves(uint8_t const* halves) noexcept
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<__m256i const*>(halves)));
+}
+
 // Calls `each` with the constants 0 to Count - 1. A loop over an array of accumulators would keep them in memory.
 template <int... Indices, typename Each>
 QWENFORGE_INLINE inline void forAll(std::integer_sequence<int, Indices...>, Each const& each) noexcept
@@ -142,10 +148,10 @@ void multiplyBlock(Tile const& tile, uint8_t const* codes, size_t codeStride, in
                     forEach<(Count + 2) / 3>([&](auto i) QWENFORGE_INLINE { pointers[i] += 4; });
                 });
         }
-        float const* const scales
-            = reinterpret_cast<float const*>(tile.data + group * tile.groupBytes + tile.codeBytes);
-        __m512 const scaleLow = _mm512_loadu_ps(scales);
-        __m512 const scaleHigh = _mm512_loadu_ps(scales + 16);
+        uint8_t const* const scales = tile.data + group * tile.groupBytes + tile.codeBytes;
+        float const* const offsets = reinterpret_cast<float const*>(scales + tile.scaleBytes);
+        __m512 const scaleLow = tile.hasHalfScales ? ofHalves(scales) : _mm512_loadu_ps(scales);
+        __m512 const scaleHigh = tile.hasHalfScales ? ofHalves(scales + 32) : _mm512_loadu_ps(scales + 64);
         forEach<Count>(
             [&](auto r) QWENFORGE_INLINE
             {
@@ -162,8 +168,8 @@ void multiplyBlock(Tile const& tile, uint8_t const* codes, size_t codeStride, in
                 if (tile.hasOffsets)
                 {
                     __m512 const sum = _mm512_set1_ps(scale * static_cast<float>(rows.sums[r * rows.groups + group]));
-                    totals[2 * r] = _mm512_fnmadd_ps(sum, _mm512_loadu_ps(scales + 32), totals[2 * r]);
-                    totals[2 * r + 1] = _mm512_fnmadd_ps(sum, _mm512_loadu_ps(scales + 48), totals[2 * r + 1]);
+                    totals[2 * r] = _mm512_fnmadd_ps(sum, _mm512_loadu_ps(offsets), totals[2 * r]);
+                    totals[2 * r + 1] = _mm512_fnmadd_ps(sum, _mm512_loadu_ps(offsets + 16), totals[2 * r + 1]);
                 }
             });
     }

@@ -1,5 +1,6 @@
 // Products in plain C++, for machines of any kind.
 
+#include "cpu/half.h"
 #include "cpu/products_plain.h"
 
 namespace qwenforge::cpu
@@ -47,12 +48,15 @@ void multiplyRow(Tile const& tile, QuantizedRows const& rows, size_t row, float*
             }
         }
         float const* const scales = reinterpret_cast<float const*>(codes + tile.codeBytes);
+        uint16_t const* const halves = reinterpret_cast<uint16_t const*>(codes + tile.codeBytes);
+        float const* const offsets = reinterpret_cast<float const*>(codes + tile.codeBytes + tile.scaleBytes);
         for (size_t column = 0; column < kColumns; ++column)
         {
-            totals[column] += static_cast<float>(sums[column]) * (scale * scales[column]);
+            float const by = tile.hasHalfScales ? fromHalf(halves[column]) : scales[column];
+            totals[column] += static_cast<float>(sums[column]) * (scale * by);
             if (tile.hasOffsets)
             {
-                totals[column] -= scale * static_cast<float>(sum) * scales[kColumns + column];
+                totals[column] -= scale * static_cast<float>(sum) * offsets[column];
             }
         }
     }

@@ -1,5 +1,7 @@
 #include "cpu/quantized_matrix.h"
 
+#include "cpu/half.h"
+
 #include <cstring>
 #include <new>
 
@@ -33,6 +35,22 @@ float zeroPoint(uint8_t const* row, size_t group, int32_t bits) noexcept
     return static_cast<float>(byte);
 }
 
+bool areHalves(StoredMatrix const& stored, size_t groups) noexcept
+{
+    for (size_t column = 0; column < stored.columns; ++column)
+    {
+        float const* const scales = stored.scales + (stored.firstRow + column * stored.rowStride) * groups;
+        for (size_t group = 0; group < groups; ++group)
+        {
+            if (!halfOf(scales[group]))
+            {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 } // namespace
 
 QuantizedMatrix::QuantizedMatrix(StoredMatrix const& stored)
@@ -41,6 +59,7 @@ QuantizedMatrix::QuantizedMatrix(StoredMatrix const& stored)
     , mGroupSize(stored.groupSize)
     , mGroups((stored.depth + stored.groupSize - 1) / stored.groupSize)
     , mBits(stored.bits)
+    , mHasHalfScales(areHalves(stored, mGroups))
     , mHasOffsets(stored.zeroPoints != nullptr)
 {
     size_t const bytes = tiles() * mGroups * groupBytes();
@@ -66,6 +85,8 @@ void QuantizedMatrix::pack(StoredMatrix const& stored)
             uint8_t* const start = mData.get() + (tile * mGroups + group) * groupBytes();
             uint32_t* const codes = reinterpret_cast<uint32_t*>(start);
             float* const scales = reinterpret_cast<float*>(start + codeBytes());
+            uint16_t* const halves = reinterpret_cast<uint16_t*>(start + codeBytes());
+            float* const offsets = reinterpret_cast<float*>(start + codeBytes() + scaleBytes());
             for (size_t i = 0; i < kTileColumns && tile * kTileColumns + i < mColumns; ++i)
             {
                 size_t const row = stored.firstRow + (tile * kTileColumns + i) * stored.rowStride;
@@ -82,11 +103,18 @@ void QuantizedMatrix::pack(StoredMatrix const& stored)
                         codes[step * kTileColumns + i] = four;
                     }
                 }
-                scales[i] = stored.scales[row * mGroups + group];
+                float const scale = stored.scales[row * mGroups + group];
+                if (mHasHalfScales)
+                {
+                    halves[i] = *halfOf(scale);
+                }
+                else
+                {
+                    scales[i] = scale;
+                }
                 if (mHasOffsets)
                 {
-                    float const zero = zeroPoint(stored.zeroPoints + row * zeroStride, group, mBits);
-                    scales[kTileColumns + i] = scales[i] * (zero - middle);
+                    offsets[i] = scale * (zeroPoint(stored.zeroPoints + row * zeroStride, group, mBits) - middle);
                 }
             }
         }

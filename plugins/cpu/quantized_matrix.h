@@ -31,8 +31,8 @@ struct StoredMatrix
 
 // W [N, K], weight = scale * (code - zero point), in tiles of 32 outputs. A tile is, for one group of K after the other,
 //   codes  for each 4 steps of K: [32, 4] bytes; with 4 bits [16, 4] bytes, outputs 16 to 31 in the upper halves;
-//   scales float [32];
-//   offsets float [32], scale * (zero point - middle), where there are zero points.
+//   scales [32], float16 where that holds every scale of the matrix exactly, else float32;
+//   offsets float32 [32], scale * (zero point - middle), where there are zero points.
 // Outputs beyond N and steps beyond K are zero.
 class QuantizedMatrix
 {
@@ -59,6 +59,10 @@ public:
     {
         return mBits;
     }
+    bool hasHalfScales() const noexcept
+    {
+        return mHasHalfScales;
+    }
     bool hasOffsets() const noexcept
     {
         return mHasOffsets;
@@ -71,9 +75,13 @@ public:
     {
         return mGroupSize * kTileColumns * static_cast<size_t>(mBits) / 8;
     }
+    size_t scaleBytes() const noexcept
+    {
+        return kTileColumns * (mHasHalfScales ? sizeof(uint16_t) : sizeof(float));
+    }
     size_t groupBytes() const noexcept // of a tile's group with its scales
     {
-        return codeBytes() + kTileColumns * sizeof(float) * (mHasOffsets ? 2 : 1);
+        return codeBytes() + scaleBytes() + kTileColumns * (mHasOffsets ? sizeof(float) : 0);
     }
     uint8_t const* tile(size_t index) const noexcept
     {
@@ -96,6 +104,7 @@ private:
     size_t mGroupSize;
     size_t mGroups;
     int32_t mBits;
+    bool mHasHalfScales;
     bool mHasOffsets;
     std::unique_ptr<uint8_t[], Free> mData;
 };
