@@ -39,6 +39,7 @@ PREFILL_TOKENS = 16
 """Tokens of a step from which on the prefill graph takes it."""
 
 TWIN_NAME = ".verify-twin.onnx"
+"""The same model by kernels that round no activations, beside the bundle's graphs while those are verified."""
 
 SESSION_OPTIONS = {
     # Two sessions take turns: the threads of the one that is done must not spin beside the other's.

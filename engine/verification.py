@@ -76,7 +76,7 @@ ROUNDED = Tolerance(
     stray_tokens=1 - EIGHT_BITS_ACTIVATIONS.top1,
     mean_kl=EIGHT_BITS_ACTIVATIONS.kl,
 )
-"""Kernels that round activations to INT8: one percent of the scale as in fp16, and what a quantization to INT8 may lose.
+"""Kernels that round activations to INT8: one percent of the scale as in fp16, and what INT8 activations may lose.
 Of the dense example checkpoint 1 of 661 positions is beyond the bound, at a mean KL of 3e-4."""
 ROUNDED_ROUTED = Tolerance(1.6e-1, 16.0, stray_positions=1.0, stray_tokens=0.1, mean_kl=1e-1)
 """With experts a swap of two moves a position's logits by units, as in fp16. Of the example checkpoint with experts 5 %
