@@ -7,19 +7,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
+CPU := $(VENV)/.cpu
 STAGES := exporter graph_passes plugins calibration engine runtime bench
 
-.PHONY: help setup demo test plugins lint typecheck format clean
+CPU_SOURCES := $(wildcard plugins/cpu/*) plugins/onnxruntime/ort.h plugins/onnxruntime/ort_abi.h
+
+.PHONY: help setup demo test cpu plugins lint typecheck format clean
 
 help:
 	@echo "make demo       export both example checkpoints, verify, generate text, measure latency, quantize one"
 	@echo "make test       ruff, mypy, pytest"
+	@echo "make cpu        the CPU kernels again, after a change of plugins/cpu; everything above does it too"
 	@echo "make plugins    the libraries for TensorRT and ONNX Runtime, with the CUDA compiler of PyPI's wheels or your own"
 	@echo "make lint       ruff and mypy only"
 	@echo "make format     let ruff format the sources"
 	@echo "make clean      remove everything that was built, .venv included"
 
-setup: $(READY)
+setup: $(CPU)
 
 # torch first and alone, so that resolving the other requirements cannot choose another build of it.
 $(READY): pyproject.toml VERSION
@@ -28,10 +32,16 @@ $(READY): pyproject.toml VERSION
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[export,dev]'
 	touch $@
 
-demo: $(READY)
+# The editable install compiled the library: again when its sources change, with the tools that are in .venv now.
+cpu: $(CPU)
+$(CPU): $(READY) $(CPU_SOURCES)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(CPU)
 	$(BIN)/python examples/demo.py
 
-test: lint $(TOOLS)
+test: lint $(TOOLS) $(CPU)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # TensorRT without a GPU, and a CUDA compiler: 300 MB that only the tests and `make plugins` need.

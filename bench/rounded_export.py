@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qwenforge.bundle_writer import BundleWriter
 from qwenforge.engine.bundle_facts import bundle_facts
+from qwenforge.engine.cpu_kernels import choose_kernels
 from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, Optimize, lower_quantized, save_graphs
 from qwenforge.exporter import weights
 from qwenforge.exporter.block_codes import rounded
@@ -24,7 +25,7 @@ from qwenforge.exporter.weights import dims
 from qwenforge.graph_passes.infra import add_initializer
 from qwenforge.graph_passes.pipeline import optimize
 from qwenforge.graph_passes.quantize.sites import find_sites
-from qwenforge.manifest import Limits
+from qwenforge.manifest import Kernels, Limits
 
 _FORMATS: dict[int, Literal["int8", "int4"]] = {8: "int8", 4: "int4"}
 
@@ -48,20 +49,29 @@ class Rounding:
     expert_group: int | None = None
 
 
-def export_rounded(checkpoint: Path, bundle: Path, rounding: Rounding, *, optimized_for: Optimize) -> Path:
-    """Write the ort-cpu bundle ``bundle``, in place of one that is there; returns it."""
+def export_rounded(
+    checkpoint: Path, bundle: Path, rounding: Rounding, *, optimized_for: Optimize, kernels: Kernels | None = None
+) -> Path:
+    """Write the ort-cpu bundle ``bundle``, in place of one that is there; returns it.
+
+    ``kernels`` are those of an export (:func:`~qwenforge.engine.cpu_kernels.choose_kernels`).
+    """
+    record = choose_kernels(kernels, target="ort-cpu", dtype="fp32", weight_only=True)
+    assert record is not None
     source = Checkpoint.open(checkpoint)
     traced = trace(source, ir.DataType.FLOAT)
     limits = Limits(max_length=2048, max_batch=None)
     portable = instantiate(optimize(traced.model, positions=limits.max_length).model, traced, source)
     round_weights(portable, rounding)
     with BundleWriter(bundle) as writer:
-        graphs = lower_quantized(portable, optimized_for)
+        graphs = lower_quantized(portable, optimized_for, kernels=record.kernels)
         saved = save_graphs(graphs, writer.directory)
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)
         facts = bundle_facts(source, graphs.decode, "ort-cpu", "fp32", "copy", limits, None)
-        facts = facts.model_copy(update={"prefill": graphs.record, "session_options": SESSION_OPTIONS})
+        facts = facts.model_copy(
+            update={"ort_cpu": record, "prefill": graphs.record, "session_options": SESSION_OPTIONS}
+        )
         return writer.commit(facts, known_sha256={file.path.name: file.sha256 for file in saved.files})
 
 

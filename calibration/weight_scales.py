@@ -1,7 +1,7 @@
 """Scales of weights: from the largest magnitude of each group, or below it where that costs less.
 
 A matrix is [N, K], N output channels; a group is ``group_size`` columns of a row, the last one of a row may be shorter.
-A group of zeros has scale 1.
+A group of zeros has scale 1. Scales of integers are numbers that float16 has (exporter/scale_rounding.py).
 
 Clipping is searched for as in AWQ (Lin et al. 2023, arXiv:2306.00978, "auto_clip" of its code): each group takes the
 largest magnitude, among shares of its own from 1 down to 1/2, that changes the outputs least. The change is taken to be
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenforge.calibration.ranges import LARGEST, Format, round_to_codes
+from qwenforge.exporter.scale_rounding import half_scales
 from qwenforge.exporter.transforms import spread_groups
 
 Array = npt.NDArray[Any]
@@ -83,4 +84,4 @@ def _largest(weight: Array, group_size: int) -> Array:
 def _scales(largest: Array, number_format: Format) -> Array:
     scales = largest / np.float32(LARGEST[number_format])
     positive: Array = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
-    return positive
+    return positive if number_format == "fp8" else half_scales(positive)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 
+from qwenforge.engine.cpu_library import LIBRARY
 from qwenforge.engine.units import size, thousands
 from qwenforge.manifest import (
     CHECKPOINT_RECIPE,
     EngineRecord,
+    Kernels,
     LoweringRecord,
     Manifest,
+    OrtCpuRecord,
     OrtCudaRecord,
     QuantizationRecord,
 )
+
+KERNELS_OF: Mapping[Kernels, str] = MappingProxyType(
+    {"qwenforge": f"qwenforge's ({LIBRARY})", "onnxruntime": "ONNX Runtime's"}
+)
+"""Whose kernels, as reports say it."""
 
 
 def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -46,6 +56,7 @@ def summarize_bundle(manifest: Manifest) -> list[tuple[str, list[tuple[str, str]
         ("files", files),
         *([("lowering", _lowering(manifest.lowering))] if manifest.lowering is not None else []),
         *([("lowering", _ort_cuda(manifest.ort_cuda))] if manifest.ort_cuda is not None else []),
+        *([("lowering", _ort_cpu(manifest.ort_cpu))] if manifest.ort_cpu is not None else []),
         *([("quantization", _quantization(manifest.quantization))] if manifest.quantization is not None else []),
         *([("engine", summarize_engine(manifest.engine))] if manifest.engine is not None else []),
     ] + ([("tools", list(manifest.tool_versions.items()))] if manifest.tool_versions else [])
@@ -99,6 +110,11 @@ def _ort_cuda(record: OrtCudaRecord) -> list[tuple[str, str]]:
         ("experts", record.moe),
         ("chosen by", record.basis),
     ]
+
+
+def _ort_cpu(record: OrtCpuRecord) -> list[tuple[str, str]]:
+    """Whose kernels compute an ort-cpu graph's quantized weights."""
+    return [("kernels", KERNELS_OF[record.kernels]), ("chosen by", record.basis)]
 
 
 def summarize_engine(record: EngineRecord) -> list[tuple[str, str]]:

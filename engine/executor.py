@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge import names
+from qwenforge.engine.cpu_library import library_of
 from qwenforge.engine.free_memory import give_back_freed_memory
 from qwenforge.engine.session_choice import AS_WRITTEN, MAPPED_WEIGHTS
 from qwenforge.engine.weight_inputs import attach_weight_inputs
@@ -60,8 +61,9 @@ class StepExecutor:
                 assert value.shape is not None and value.dtype is not None
                 shape = (batch, int(value.shape[1]), capacity, int(value.shape[3]))  # type: ignore[arg-type]
                 self._caches[value.name] = np.zeros(shape, value.dtype.numpy())
+        self._library = library_of(model)
         self._pieces: list[ir.Model] = [] if whole else split_by_layer(model)
-        self._session = (self._saved(model, "whole") if changed else open_session(path)) if whole else None
+        self._session = (self._saved(model, "whole") if changed else self._opened(path)) if whole else None
 
     def __call__(
         self,
@@ -104,13 +106,22 @@ class StepExecutor:
         path = self._folder / f".verify-{name}.onnx"
         try:
             ir.save(model, path)
-            return open_session(path)
+            return self._opened(path)
         finally:
             path.unlink(missing_ok=True)
 
+    def _opened(self, path: Path) -> Any:
+        return open_session(path, library=self._library)
 
-def open_session(path: Path, options: Mapping[str, str] = MAPPED_WEIGHTS) -> Any:
-    """A session of the model at ``path`` on the CPU, with ``options`` as its configuration entries."""
+
+def open_session(path: Path, options: Mapping[str, str] = MAPPED_WEIGHTS, *, library: Path | None = None) -> Any:
+    """A session of the model at ``path`` on the CPU.
+
+    Args:
+        path: the model.
+        options: configuration entries.
+        library: of our ops, where the model has some (``cpu_library.library_of``).
+    """
     import onnxruntime
 
     session_options = onnxruntime.SessionOptions()
@@ -118,6 +129,8 @@ def open_session(path: Path, options: Mapping[str, str] = MAPPED_WEIGHTS) -> Any
     # Spinning threads would take the processor from the reference, which runs in turns with this.
     for name, value in {"session.intra_op.allow_spinning": "0", **AS_WRITTEN, **options}.items():
         session_options.add_session_config_entry(name, value)
+    if library is not None:
+        session_options.register_custom_ops_library(str(library))
     session_options.enable_cpu_mem_arena = False
     session_options.enable_mem_pattern = False
     return onnxruntime.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])

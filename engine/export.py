@@ -21,7 +21,8 @@ from qwenforge.engine.accuracy_page import accuracy_page
 from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.bundle_facts import bundle_facts, generation_config, reference_name, tensor_spec
 from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
-from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, lower_quantized, save_graphs
+from qwenforge.engine.cpu_kernels import choose_kernels
+from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, TWIN_NAME, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.quantization_request import QuantizationRequest, require_device, require_target
 from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
@@ -59,8 +60,10 @@ from qwenforge.manifest import (
     PREFILL_NAME,
     README,
     TOKENIZER,
+    Kernels,
     Limits,
     LoweringRecord,
+    OrtCpuRecord,
     OrtCudaRecord,
 )
 from qwenforge.ort_cuda_choice import OrtCudaChoice
@@ -90,6 +93,7 @@ class ExportReport:
         verification: the comparison with transformers; None when it was turned off.
         lowering: what a TensorRT graph was lowered for; None for other targets.
         ort_cuda: what an ort-cuda graph is made of; None for other targets.
+        ort_cpu: whose kernels compute an ort-cpu graph's quantized weights, and why; None where there was no choice.
         quantization: how it was quantized and what that cost; None where it was not.
         static_scales: what a quantized checkpoint's scales of activations and caches did; None where none are applied.
         scales_left_out: what of them is not applied, and why, a sentence each.
@@ -106,6 +110,7 @@ class ExportReport:
     verification: VerificationReport | None = None
     lowering: LoweringRecord | None = None
     ort_cuda: OrtCudaRecord | None = None
+    ort_cpu: OrtCpuRecord | None = None
     quantization: QuantizationOutcome | None = None
     static_scales: ScalesOutcome | None = None
     scales_left_out: tuple[str, ...] = ()
@@ -126,6 +131,7 @@ def export_checkpoint(
     dequantize: bool = False,
     quantization: QuantizationRequest | None = None,
     static_scales: ScalesRequest | None = None,
+    kernels: Kernels | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export ``checkpoint`` to the bundle folder ``output``.
@@ -146,6 +152,8 @@ def export_checkpoint(
         quantization: how to quantize, and what the result is held to; None leaves weights in ``dtype``.
         static_scales: what becomes of a quantized checkpoint's scales of activations and caches; by default they are
             applied where the target can use them.
+        kernels: whose compute quantized weights on ort-cpu, ``qwenforge`` or ``onnxruntime``; by default ours where
+            they are installed and made for this processor (:func:`~qwenforge.engine.cpu_kernels.choose_kernels`).
         progress: told what is going on.
 
     Raises:
@@ -189,6 +197,16 @@ def export_checkpoint(
             require_device(quantization.recipe, choice.device)
         require_target(quantization.recipe, target, choice)
         require_place_for_report(Path(output))
+    activations = quantization is not None and quantization.recipe.activation is not None
+    # Codes of 8-bit floats have no kernel on a CPU at all, which the lowering says.
+    codes = source.quantized is not None and not source.is_widened and source.quantized.format.weight_format != "fp8"
+    ort_cpu = choose_kernels(
+        kernels,
+        target=target,
+        dtype=chosen,
+        weights=weights,
+        weight_only=codes or (quantization is not None and not activations),
+    )
     with ExitStack() as stack:
         # Outermost, so that whatever goes wrong inside leaves calibration's state to be taken up again.
         work = None if quantization is None else stack.enter_context(kept_work_folder(quantization, Path(output)))
@@ -204,11 +222,13 @@ def export_checkpoint(
         def build() -> ir.Model:
             return instantiate(result.model, traced, source)
 
-        def verified(path: Path) -> VerificationReport:
+        def verified(path: Path, twin: Path | None = None) -> VerificationReport:
             clock.start("verify against transformers")
             tokenizer = source.tokenizer_files.get(TOKENIZER)
             prompts = verification_prompts(tokenizer, source.config.vocab_size, length // 2)
-            return verify(source, path, _DTYPES[chosen], prompts, max_length=length, progress=clock.steps_done)
+            return verify(
+                source, path, _DTYPES[chosen], prompts, max_length=length, twin=twin, progress=clock.steps_done
+            )
 
         report = quantized = outcome = scaled = scaled_outcome = stored_record = None
         usable = UsableScales(None)
@@ -226,6 +246,12 @@ def export_checkpoint(
             if source.quantized is not None and not source.is_widened:
                 stored_record = checkpoint_record(portable, usable.plan)
             if usable.plan is not None:
+                if kernels == "qwenforge":
+                    raise UnsupportedError(
+                        "--kernels qwenforge multiplies unquantized activations, and the checkpoint's static scales "
+                        "are to be applied; add --static-scales ignore, or leave --kernels out."
+                    )
+                ort_cpu = None
                 folder = TemporaryDirectory(prefix=f".{Path(output).name}.", dir=Path(output).absolute().parent)
                 scaled = ScaledExport(
                     source,
@@ -258,10 +284,14 @@ def export_checkpoint(
             portable = quantized.calibrated()
         clock.start("lower")
         capacity = length if tensorrt is not None else None
-        graphs = None
+        graphs = twin = None
         with _naming_dequantize(source):
-            if quantization is not None and target == "ort-cpu":
-                graphs = lower_quantized(portable, quantization.optimize)
+            ours = ort_cpu is not None and ort_cpu.kernels == "qwenforge"
+            if target == "ort-cpu" and (quantization is not None or ours):
+                if ours and quantization is None and verify_result:
+                    twin = lower(portable.clone(), target)
+                optimized_for = quantization.optimize if quantization is not None else "latency"
+                graphs = lower_quantized(portable, optimized_for, kernels="qwenforge" if ours else "onnxruntime")
                 final = graphs.decode
             else:
                 final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
@@ -274,7 +304,7 @@ def export_checkpoint(
             link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
         )
         if graphs is not None:
-            both = save_graphs(graphs, writer.directory, progress=clock.bytes_done)
+            both = save_graphs(graphs, writer.directory, twin=twin, progress=clock.bytes_done)
             saved, written = both.decode, [file for file in both.files if file.path.suffix == ".data"]
         else:
             saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
@@ -303,7 +333,10 @@ def export_checkpoint(
             scaled_outcome = scaled.judge(writer.directory / MODEL_NAME, applied, {})
             stored_record = judged_record(stored_record, scaled_outcome) if stored_record is not None else None
         elif verify_result:
-            report = verified(writer.directory / MODEL_NAME)
+            place = writer.directory / TWIN_NAME
+            report = verified(writer.directory / MODEL_NAME, place if twin is not None else None)
+            for path in (place, place.with_name(f"{TWIN_NAME}.data")):
+                path.unlink(missing_ok=True)
         clock.start("finish")
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)
@@ -314,6 +347,8 @@ def export_checkpoint(
         )
         if isinstance(choice, OrtCudaChoice):
             facts = facts.model_copy(update={"ort_cuda": _ort_cuda(choice, final)})
+        if ort_cpu is not None:
+            facts = facts.model_copy(update={"ort_cpu": ort_cpu})
         if graphs is not None:
             facts = facts.model_copy(update={"prefill": graphs.record, "session_options": SESSION_OPTIONS})
         recorded = outcome.record() if outcome is not None else stored_record
@@ -339,6 +374,7 @@ def export_checkpoint(
         verification=report,
         lowering=facts.lowering,
         ort_cuda=facts.ort_cuda,
+        ort_cpu=facts.ort_cpu,
         quantization=outcome,
         static_scales=scaled_outcome,
         scales_left_out=usable.left_out,

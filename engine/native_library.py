@@ -27,6 +27,12 @@ def build_places(file_name: str) -> tuple[Path, ...]:
     return (_SOURCES / "plugins" / "lib" / file_name, _SOURCES / "build" / "plugins" / "plugins" / file_name)
 
 
+def locate_library(given: Path | None, *, variable: str, places: Sequence[Path]) -> Path | None:
+    """``given``, or what the environment ``variable`` says, or the first of ``places`` where there is a file."""
+    path = given or (Path(os.environ[variable]) if os.environ.get(variable) else None)
+    return path or next((place for place in places if place.is_file()), None)
+
+
 def find_library(file_name: str, given: Path | None, *, variable: str, places: Sequence[Path]) -> NativeLibrary:
     """The library at ``given``, or where the environment ``variable`` or one of ``places`` has it.
 
@@ -34,11 +40,18 @@ def find_library(file_name: str, given: Path | None, *, variable: str, places: S
         UserError: there is none, it does not load, it is not ours or it is of another version.
     """
     how = f"build it with 'make plugins' in qwenforge's sources and give its path with --plugin-library or {variable}"
-    path = given or (Path(os.environ[variable]) if os.environ.get(variable) else None)
-    if path is None:
-        path = next((place for place in places if place.is_file()), None)
+    path = locate_library(given, variable=variable, places=places)
     if path is None:
         raise UserError(f"the bundle needs the plugin library {file_name}, which was not found: {how}.")
+    return open_library(path, how)
+
+
+def open_library(path: Path, how: str) -> NativeLibrary:
+    """The library at ``path``; ``how`` ends the sentence where it cannot be used: what to do.
+
+    Raises:
+        UserError: it is not there, it does not load, it is not ours or it is of another version.
+    """
     path = path.resolve()
     if not path.is_file():
         raise UserError(f"there is no plugin library at {path}: {how}.")

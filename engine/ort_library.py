@@ -17,9 +17,12 @@ def find_ort_library(given: Path | None) -> NativeLibrary:
     """The library at ``given``, or where the environment, the installation or a build in the sources has it.
 
     Raises:
-        UserError: there is none, it does not load, it is TensorRT's or not ours, or it is of another version.
+        UserError: there is none, it does not load, it is not this one of ours, or it is of another version.
     """
     found = find_library(LIBRARY, given, variable=VARIABLE, places=_PLACES)
-    if not hasattr(ctypes.CDLL(str(found.path)), "RegisterCustomOps"):
+    library = ctypes.CDLL(str(found.path))
+    if hasattr(library, "qwenforgeCpuInstructionSet"):
+        raise UserError(f"{found.path} has qwenforge's ops for CPUs and not for CUDA; give the path of {LIBRARY}.")
+    if not hasattr(library, "RegisterCustomOps"):
         raise UserError(f"{found.path} registers no custom ops with ONNX Runtime; give the path of {LIBRARY}.")
     return found

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qwenforge import names
+from qwenforge.engine.cpu_library import library_of
 from qwenforge.engine.executor import open_session, run_session
 from qwenforge.engine.free_memory import give_back_freed_memory
 from qwenforge.engine.session_choice import MAPPED_WEIGHTS
@@ -44,6 +45,7 @@ class Piece:
     def __init__(self, model: ir.Model, *, streamed: bool, options: Mapping[str, str], folder: Path) -> None:
         self.model = model
         self._options = options
+        self._library = library_of(model)
         self._streamed = streamed
         self._folder = folder
         found = (_LAYER.match(node.name or "") for node in model.graph)
@@ -71,7 +73,7 @@ class Piece:
                 save_model(self.model, path)
             else:
                 ir.save(self.model, path)
-            session = open_session(path, self._options)
+            session = open_session(path, self._options, library=self._library)
         finally:
             path.unlink(missing_ok=True)
             data.unlink(missing_ok=True)  # what a session has mapped stays readable

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from qwenforge.exporter import weights
 from qwenforge.exporter.quantized_weights import QuantizedWeight, quantize
+from qwenforge.exporter.scale_rounding import half_scales
 from qwenforge.exporter.transforms import Array, Concat, Dims, RowWise, Stack
 from qwenforge.exporter.weights import DerivedTensor, dims
 
@@ -104,7 +105,7 @@ class RepeatGroups(RowWise):
 class LargestScales(RowWise):
     """float32 [..., N, K] to the scales [..., N, G] with which codes up to ``largest`` reach each group's largest one.
 
-    A group of zeros only has the scale 1.
+    A group of zeros only has the scale 1. Scales are numbers that float16 has.
     """
 
     group_size: int
@@ -118,8 +119,7 @@ class LargestScales(RowWise):
         magnitudes = np.abs(sources[0])
         starts = np.arange(0, magnitudes.shape[-1], self.group_size)
         largest = np.maximum.reduceat(magnitudes, starts, axis=-1).astype(np.float32)
-        scales: Array = np.where(largest > 0, largest / np.float32(self.largest), np.float32(1))
-        return scales
+        return half_scales(np.where(largest > 0, largest / np.float32(self.largest), np.float32(1)))
 
 
 def rounded(weight: ir.TensorProtocol, weight_format: Literal["int8", "int4"], group_size: int) -> QuantizedWeight:

@@ -167,6 +167,21 @@ class OrtCudaRecord(_Part):
     basis: str
 
 
+Kernels = Literal["qwenforge", "onnxruntime"]
+"""Whose ops compute an ort-cpu graph's quantized weights, attention included."""
+
+
+class OrtCpuRecord(_Part):
+    """What a graph of quantized weights for ONNX Runtime on a CPU is made of.
+
+    ``kernels`` tells whose ops compute them: those of our library, which the runtime has to register, or ONNX
+    Runtime's own. ``basis`` says what the choice rests on. A bundle without the record has ONNX Runtime's.
+    """
+
+    kernels: Kernels
+    basis: str
+
+
 class QuantizedSites(_Part):
     """How many sites of a model are quantized in one way.
 
@@ -309,6 +324,7 @@ class BundleFacts(_Part):
     pad_token_id: TokenId | None = None
     lowering: LoweringRecord | None = None
     ort_cuda: OrtCudaRecord | None = None
+    ort_cpu: OrtCpuRecord | None = None
     quantization: QuantizationRecord | None = None
     prefill: PrefillRecord | None = None
     weight_inputs: tuple[TensorSpec, ...] = ()

@@ -29,6 +29,8 @@ from __future__ import annotations
 
 DOMAIN = "qwenforge"
 """ONNX domain of the functions that the standard lacks."""
+CPU_DOMAIN = "qwenforge.cpu"
+"""ONNX domain of our ops for ONNX Runtime's CPU provider."""
 
 INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwenforge.engine.cpu_library import find_cpu_library
 from qwenforge.engine.ort_library import find_ort_library
 from qwenforge.engine.tensorrt.gpu import local_gpu
 from qwenforge.errors import UserError
 from qwenforge.machine import session_options
-from qwenforge.manifest import OrtCudaRecord
+from qwenforge.manifest import OrtCpuRecord, OrtCudaRecord
 from qwenforge.ort_cuda_choice import captures_decode, needs_library
 from qwenforge.runtime.memory import CUDA, DeviceMemory, HostMemory, Memory
 
@@ -63,14 +64,23 @@ class Backend:
     prefill_chunk: int = 512
 
 
-def cpu_backend() -> Backend:
-    """ONNX Runtime on the CPU."""
+def cpu_backend(record: OrtCpuRecord | None = None, *, library: Path | None = None) -> Backend:
+    """ONNX Runtime on the CPU, for a graph made of what ``record`` says; None is ONNX Runtime's own operators.
+
+    Args:
+        library: libqwenforge_cpu.so; by default from the environment or where qwenforge is installed.
+
+    Raises:
+        UserError: the graph has our ops and the library is missing or another one; the message says what to do.
+    """
+    ours = record is not None and record.kernels == "qwenforge"
     return Backend(
         name="ONNX Runtime on the CPU",
         providers=[CPU_PROVIDER],
         memory=HostMemory(),
         cache_types=("tensor(float)", "tensor(float16)"),
         other_dtype="fp32",
+        library=find_cpu_library(library).path if ours else None,
         session_options=session_options(),
         # GroupQueryAttention computes the square of a step's tokens, half of which nobody sees: 512 tokens of int8
         # weights take 0.93 of the time in two steps, of fp32 weights the same.

@@ -225,14 +225,14 @@ def load(
         max_batch: at most so many sequences at once, others wait; at most, and by default, the bundle's limit, or 32.
         max_length: prompt and answer together, in tokens; at most, and by default, the bundle's limit.
         prefill_chunk: tokens of a prefill step; smaller takes less memory; by default what is fast on a CPU or a GPU.
-        plugin_library: libqwenforge_ort.so for an ort-cuda bundle that needs it; by default from the environment or
-            where it is built.
+        plugin_library: for a bundle that needs it, libqwenforge_cpu.so (ort-cpu) or libqwenforge_ort.so (ort-cuda); by
+            default from the environment or where it is installed or built.
         gpu: number of the GPU, for an ort-cuda bundle.
 
     Raises:
         BundleError: the bundle is incomplete, damaged or of a newer schema.
         UnsupportedError: the bundle's target is not one of this runtime.
-        UserError: an argument is out of range, or what an ort-cuda bundle needs is not here.
+        UserError: an argument is out of range, or what the bundle needs, such as our library, is not here.
     """
     from qwenforge.bundle import Bundle
 
@@ -266,7 +266,7 @@ def load(
 
 def _backend(manifest: Manifest, path: str | Path, library: Path | None, gpu: int) -> Backend:
     if manifest.target != ORT_CUDA:
-        return cpu_backend()
+        return cpu_backend(manifest.ort_cpu, library=library)
     if manifest.ort_cuda is None:
         raise BundleError(
             f"{path}: the manifest does not say what its ort-cuda graph is made of; export the bundle again"

@@ -22,6 +22,7 @@ def lowering_rules(
     choice: LoweringChoice | None = None,
     capacity: int | None = None,
     products: Form = "static",
+    own_ops: bool = False,
 ) -> list[FusionPass]:
     """The rules that follow the portable ones for ``target``, in order; for ``portable``, explicit quantization.
 
@@ -32,6 +33,7 @@ def lowering_rules(
             ``ort_cuda_choice.choose``).
         capacity: the static cache capacity for TensorRT; None leaves it symbolic.
         products: the form of products by quantized matrices for ``ort-cpu`` (:mod:`.ort_quantized_linear`).
+        own_ops: for ``ort-cpu``, the ops of libqwenforge_cpu.so where they can (:mod:`.cpu_ops`).
 
     Raises:
         UnsupportedError: there is no lowering for ``target``.
@@ -41,9 +43,11 @@ def lowering_rules(
 
         return [ExplicitDequantize(), ExplicitExperts()]
     if target == "ort-cpu":
+        from qwenforge.graph_passes.lower.cpu_ops import cpu_op_rules
         from qwenforge.graph_passes.lower.ort_cpu import ort_cpu_rules
 
-        return ort_cpu_rules(weights=weights, products=products)
+        rules = ort_cpu_rules(weights=weights, products=products)
+        return [*rules, *cpu_op_rules()] if own_ops else rules
     if target == ORT_CUDA:
         from qwenforge.graph_passes.lower.ort_cuda import ort_cuda_rules
         from qwenforge.ort_cuda_choice import choose
@@ -67,6 +71,7 @@ def lower(
     choice: LoweringChoice | None = None,
     capacity: int | None = None,
     products: Form = "static",
+    own_ops: bool = False,
 ) -> ir.Model:
     """Lower a portable model in place and return it; dead nodes, functions and initializers are dropped.
 
@@ -74,7 +79,10 @@ def lower(
     """
     from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-    for rule in lowering_rules(target, weights=weights, choice=choice, capacity=capacity, products=products):
+    rules = lowering_rules(
+        target, weights=weights, choice=choice, capacity=capacity, products=products, own_ops=own_ops
+    )
+    for rule in rules:
         rule(model)
         RemoveUnusedNodesPass()(model)
     RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]

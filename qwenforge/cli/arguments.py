@@ -90,12 +90,13 @@ def lowering_choice(args: argparse.Namespace) -> LoweringChoice | None:
 
 
 def add_plugin_library(parser: argparse.ArgumentParser) -> None:
-    """``--plugin-library``: our custom ops for ONNX Runtime on CUDA (``args.plugin_library``, a Path or None)."""
+    """``--plugin-library``: our custom ops for ONNX Runtime (``args.plugin_library``, a Path or None)."""
     parser.add_argument(
         "--plugin-library",
         type=Path,
         metavar="FILE",
-        help="libqwenforge_ort.so, for ort-cuda bundles (default: QWENFORGE_ORT_LIBRARY, or what 'make plugins' built)",
+        help="our ops, for bundles that have them: libqwenforge_cpu.so for ort-cpu (default: QWENFORGE_CPU_LIBRARY, or "
+        "the installed one), libqwenforge_ort.so for ort-cuda (QWENFORGE_ORT_LIBRARY, or what 'make plugins' built)",
     )
 
 

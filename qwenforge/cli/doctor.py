@@ -79,7 +79,7 @@ class DoctorCommand(Command):
 
         machine = describe()
         packages = survey()
-        capabilities = [*assess(packages), *assess_ort_cuda(), *assess_tensorrt()]
+        capabilities = [*assess(packages), assess_cpu_kernels(), *assess_ort_cuda(), *assess_tensorrt()]
         if args.json:
             print(json.dumps(_as_json(machine, packages, capabilities), indent=1))
         else:
@@ -101,6 +101,23 @@ def assess(packages: Sequence[Package]) -> list[Capability]:
             lead = by_name[need.packages[0]]
             found.append(Capability(need.name, True, f"{lead.name} {lead.version}"))
     return found
+
+
+def assess_cpu_kernels() -> Capability:
+    """Our kernels for quantized ort-cpu bundles: where their library is, and what instruction set it uses here."""
+    from qwenforge.engine.cpu_library import LIBRARY, cpu_library
+    from qwenforge.errors import UserError
+
+    name = "kernels for quantized ort-cpu"
+    install = "a C++ compiler, then pip install --force-reinstall --no-deps qwenforge"
+    try:
+        library = cpu_library()
+    except UserError as error:
+        return Capability(name, False, str(error))
+    if library is None:
+        detail = f"{LIBRARY} was not built when qwenforge was installed: there was no C++ compiler"
+        return Capability(name, False, f"{detail}; ONNX Runtime's kernels are used", install=install)
+    return Capability(name, True, f"{library.path}, {library.version}, {library.instruction_set}")
 
 
 def assess_ort_cuda() -> list[Capability]:

@@ -42,7 +42,8 @@ class ExportCommand(Command):
         "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-bundle --target ort-cpu\n"
         "qwenforge export examples/checkpoints/tiny-qwen2-moe -o tiny-cuda --target ort-cuda --dtype bf16\n"
         "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-trt --target tensorrt --device jetson-orin-nano\n"
-        "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-int8 --quantize int8-weight-only --budget kl=0.01"
+        "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-int8 --quantize int8-weight-only --budget kl=0.01\n"
+        "qwenforge export examples/checkpoints/tiny-qwen2 -o tiny-int4 --quantize int4-weight-only --kernels qwenforge"
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -83,6 +84,13 @@ class ExportCommand(Command):
             help="of a quantized checkpoint that brings static scales for activations or caches: quantize both by them "
             "where the target can (default), or leave both in --dtype",
         )
+        parser.add_argument(
+            "--kernels",
+            choices=("qwenforge", "onnxruntime"),
+            help="of an ort-cpu bundle with quantized weights and unquantized activations: ours, which the runtime has "
+            "to have as well, or ONNX Runtime's own (default: ours where they are installed and the processor has "
+            "AVX-512 VNNI or AVX2)",
+        )
         add_lowering_choice(parser)
         _add_quantization(parser)
         add_json(parser)
@@ -100,6 +108,7 @@ class ExportCommand(Command):
             "dequantize": args.dequantize,
             "quantization": _quantization(args),
             "static_scales": _static_scales(args),
+            "kernels": args.kernels,
         }
         try:
             report = _export_with_progress(args, options)
@@ -172,7 +181,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         "--optimize",
         choices=("latency", "memory"),
         help="of an ort-cpu bundle: a second form of the weights for prompts beside the one for decoding (latency, the "
-        "default), or one for both",
+        "default), or one for both; one graph of our kernels (--kernels qwenforge) does either, and nothing changes",
     )
     group.add_argument(
         "--work-folder",
@@ -266,6 +275,7 @@ def _as_json(report: ExportReport) -> dict[str, Any]:
         "dtype": report.dtype,
         "lowering": report.lowering.model_dump() if report.lowering is not None else None,
         "ort_cuda": report.ort_cuda.model_dump() if report.ort_cuda is not None else None,
+        "ort_cpu": report.ort_cpu.model_dump() if report.ort_cpu is not None else None,
         "quantization": report.quantization.to_json() if report.quantization is not None else None,
         "static_scales": report.static_scales.to_json() if report.static_scales is not None else None,
         "static_scales_left_out": list(report.scales_left_out),
@@ -370,6 +380,8 @@ def _print(report: ExportReport) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from qwenforge.engine.bundle_summary import KERNELS_OF
+
     console = Console(highlight=False, soft_wrap=True)
     size = report.data_bytes / 1e6
     linked = f", {report.linked_bytes / 1e6:.1f} MB linked" if report.linked_bytes else ""
@@ -379,6 +391,8 @@ def _print(report: ExportReport) -> None:
         console.print(_lowering(report.lowering), markup=False)
     if report.ort_cuda is not None:
         console.print(_ort_cuda(report.ort_cuda), markup=False)
+    if report.ort_cpu is not None:
+        console.print(f"kernels: {KERNELS_OF[report.ort_cpu.kernels]}; {report.ort_cpu.basis}", markup=False)
     if report.quantization is not None:
         _print_quantization(console, report.quantization)
     if report.static_scales is not None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwenforge.cli.doctor import Capability, assess, assess_ort_cuda, assess_tensorrt
+from qwenforge.cli.doctor import Capability, assess, assess_cpu_kernels, assess_ort_cuda, assess_tensorrt
 from qwenforge.cli.main import main
 from qwenforge.engine.tensorrt.gpu import LocalGpu
 from qwenforge.packages import Package, survey
@@ -52,6 +52,22 @@ def test_missing_onnxruntime_disables_running(packages: tuple[Package, ...]) -> 
     run = _named(assess(_without(packages, "onnxruntime")), "run: target ort-cpu")
     assert not run.ready
     assert run.install == "pip install --upgrade 'qwenforge'"
+
+
+def test_cpu_kernels_are_named_with_version_and_instruction_set() -> None:
+    found = assess_cpu_kernels()
+    assert found.ready and "libqwenforge_cpu.so" in found.detail
+    assert found.detail.endswith(("avx512-vnni", "avx2", "baseline"))
+
+
+def test_installation_without_cpu_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenforge.engine.cpu_library._PLACES", ())
+    monkeypatch.delenv("QWENFORGE_CPU_LIBRARY", raising=False)
+    found = assess_cpu_kernels()
+    assert not found.ready and "there was no C++ compiler; ONNX Runtime's kernels are used" in found.detail
+    assert found.install.startswith("a C++ compiler, then pip install")
+    monkeypatch.setenv("QWENFORGE_CPU_LIBRARY", "/nowhere.so")
+    assert "no plugin library at /nowhere.so" in assess_cpu_kernels().detail
 
 
 def test_ort_cuda_without_its_parts_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

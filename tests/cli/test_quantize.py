@@ -88,6 +88,7 @@ def test_quantized_bundle_is_written_and_generates_text(
     assert quantization["accuracy"]["mean_kl"] <= quantization["budget"]["kl"]
     assert quantization["accuracy"]["top1_agreement"] >= quantization["budget"]["top1"]
     assert quantization["bytes"]["quantized"] == said["data_bytes"] < 0.6 * quantization["bytes"]["unquantized"]
+    assert said["ort_cpu"]["kernels"] in ("qwenforge", "onnxruntime") and said["ort_cpu"]["basis"]
     assert sum(quantization["accuracy"]["kl_histogram"]["counts"]) == quantization["accuracy"]["positions"]
     record = Bundle.open(bundle, verify="full").manifest.quantization
     assert record is not None and record.recipe == recipe
@@ -140,6 +141,12 @@ def test_search_whose_choice_misses_the_budget_is_refused(tmp_path: Path, capsys
         (["--quantize", "int8-weight-only", "--budget", "bleu=2"], "knows no 'bleu'"),
         (["--quantize", "int8-weight-only", "--override", "x"], "is not PATTERN=ACTION"),
         (["--quantize", "int8-weight-only", "--override", "nothing.*=keep"], "matches no site of the model"),
+        (["--kernels", "qwenforge"], "--kernels is for --target ort-cpu with quantized weights"),
+        (["--quantize", "int8-w8a8", "--kernels", "onnxruntime"], "--kernels is for --target ort-cpu"),
+        (
+            ["--quantize", "int4-weight-only", "--target", "portable", "--kernels", "qwenforge"],
+            "--kernels is for --targ",
+        ),
         (["--budget", "kl=1"], "--budget goes with --quantize RECIPE"),
         (["--auto"], "--auto goes with --quantize RECIPE"),
         (["--calibration-data", "x.txt"], "--calibration-data goes with --quantize RECIPE"),

@@ -112,9 +112,9 @@ def test_temporary_model_lies_beside_the_data_only_while_it_is_read(
     opened: list[tuple[str, bool, list[str]]] = []
     open_session = executor.open_session
 
-    def session(path: Path) -> Any:
+    def session(path: Path, **options: Any) -> Any:
         opened.append((path.name, path.is_file(), left_behind(path.parent)))
-        return open_session(path)
+        return open_session(path, **options)
 
     monkeypatch.setattr(executor, "open_session", session)
     run(StepExecutor(export.model, batch=2, capacity=CAPACITY, whole=whole, upcast=True), (PROMPT, 1))

@@ -22,6 +22,7 @@ EXPORT_PARAMETERS = (
     "dequantize",
     "quantization",
     "static_scales",
+    "kernels",
     "progress",
 )
 

@@ -1,4 +1,4 @@
-"""What an ort-cuda bundle needs, refused in one sentence where it is missing."""
+"""What an ort-cuda bundle needs, or an ort-cpu one of our kernels, refused in one sentence where it is missing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from qwenforge import ort_cuda_choice
 from qwenforge.engine.tensorrt.gpu import LocalGpu
 from qwenforge.errors import BundleError, UserError
+from qwenforge.manifest import OrtCpuRecord
 from qwenforge.runtime import backends, load
-from qwenforge.runtime.backends import CPU_PROVIDER, CUDA_PROVIDER, cuda_backend, require_cuda
+from qwenforge.runtime.backends import CPU_PROVIDER, CUDA_PROVIDER, cpu_backend, cuda_backend, require_cuda
 from support.bundle_builder import write_bundle
 
 OURS = ort_cuda_choice.choose(attention="plugin").record(routed=True)
@@ -64,6 +65,14 @@ def test_missing_library_is_refused_and_only_where_it_is_needed(monkeypatch: pyt
     assert cuda_backend(NATIVE).library is None
     with pytest.raises(UserError, match="there is no plugin library at /nowhere"):
         cuda_backend(OURS, library=Path("/nowhere"))
+
+
+def test_cpu_backend_has_the_library_where_the_bundle_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(backends, "find_cpu_library", lambda path: SimpleNamespace(path=path or Path("/installed.so")))
+    ours, theirs = (OrtCpuRecord(kernels=kernels, basis="asked for") for kernels in ("qwenforge", "onnxruntime"))
+    assert cpu_backend(ours).library == Path("/installed.so")
+    assert cpu_backend(ours, library=tmp_path).library == tmp_path
+    assert cpu_backend(theirs).library is None and cpu_backend().library is None
 
 
 def test_capture_is_asked_for_where_our_op_attends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+#include "cpu/quantized_matrix.h"
+
+#include "cpu/half.h"
+
+#include <cstring>
+#include <new>
+
+namespace qwenforge::cpu
+{
+namespace
+{
+
+constexpr size_t kAlignment = 64;
+
+// Four 4-bit weights, the first in the lowest bits, to a byte each.
+uint32_t spread(uint32_t four) noexcept
+{
+    return (four & 0xF) | (four & 0xF0) << 4 | (four & 0xF00) << 8 | (four & 0xF000) << 12;
+}
+
+uint32_t fourCodes(uint8_t const* row, size_t step, int32_t bits) noexcept
+{
+    if (bits == 4)
+    {
+        return spread(static_cast<uint32_t>(row[2 * step]) | static_cast<uint32_t>(row[2 * step + 1]) << 8);
+    }
+    uint32_t codes = 0;
+    std::memcpy(&codes, row + kStepDepth * step, sizeof(codes));
+    return codes;
+}
+
+float zeroPoint(uint8_t const* row, size_t group, int32_t bits) noexcept
+{
+    uint8_t const byte = bits == 4 ? static_cast<uint8_t>(row[group / 2] >> (group % 2 * 4) & 0xF) : row[group];
+    return static_cast<float>(byte);
+}
+
+bool areHalves(StoredMatrix const& stored, size_t groups) noexcept
+{
+    for (size_t column = 0; column < stored.columns; ++column)
+    {
+        float const* const scales = stored.scales + (stored.firstRow + column * stored.rowStride) * groups;
+        for (size_t group = 0; group < groups; ++group)
+        {
+            if (!halfOf(scales[group]))
+            {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+} // namespace
+
+QuantizedMatrix::QuantizedMatrix(StoredMatrix const& stored)
+    : mColumns(stored.columns)
+    , mDepth(stored.depth)
+    , mGroupSize(stored.groupSize)
+    , mGroups((stored.depth + stored.groupSize - 1) / stored.groupSize)
+    , mBits(stored.bits)
+    , mHasHalfScales(areHalves(stored, mGroups))
+    , mHasOffsets(stored.zeroPoints != nullptr)
+{
+    size_t const bytes = tiles() * mGroups * groupBytes();
+    mData.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, bytes)));
+    if (mData == nullptr)
+    {
+        throw std::bad_alloc();
+    }
+    pack(stored);
+}
+
+void QuantizedMatrix::pack(StoredMatrix const& stored)
+{
+    size_t const bits = static_cast<size_t>(mBits);
+    size_t const groupStride = mGroupSize * bits / 8;
+    size_t const zeroStride = (mGroups * bits + 7) / 8;
+    float const middle = mBits == 4 ? 8.0f : 128.0f;
+    std::memset(mData.get(), 0, tiles() * mGroups * groupBytes());
+    for (size_t tile = 0; tile < tiles(); ++tile)
+    {
+        for (size_t group = 0; group < mGroups; ++group)
+        {
+            uint8_t* const start = mData.get() + (tile * mGroups + group) * groupBytes();
+            uint32_t* const codes = reinterpret_cast<uint32_t*>(start);
+            float* const scales = reinterpret_cast<float*>(start + codeBytes());
+            uint16_t* const halves = reinterpret_cast<uint16_t*>(start + codeBytes());
+            float* const offsets = reinterpret_cast<float*>(start + codeBytes() + scaleBytes());
+            for (size_t i = 0; i < kTileColumns && tile * kTileColumns + i < mColumns; ++i)
+            {
+                size_t const row = stored.firstRow + (tile * kTileColumns + i) * stored.rowStride;
+                uint8_t const* const source = stored.codes + (row * mGroups + group) * groupStride;
+                for (size_t step = 0; step < mGroupSize / kStepDepth; ++step)
+                {
+                    uint32_t const four = fourCodes(source, step, mBits);
+                    if (mBits == 4)
+                    {
+                        codes[step * 16 + i % 16] |= four << (i / 16 * 4);
+                    }
+                    else
+                    {
+                        codes[step * kTileColumns + i] = four;
+                    }
+                }
+                float const scale = stored.scales[row * mGroups + group];
+                if (mHasHalfScales)
+                {
+                    halves[i] = *halfOf(scale);
+                }
+                else
+                {
+                    scales[i] = scale;
+                }
+                if (mHasOffsets)
+                {
+                    offsets[i] = scale * (zeroPoint(stored.zeroPoints + row * zeroStride, group, mBits) - middle);
+                }
+            }
+        }
+    }
+}
+
+} // namespace qwenforge::cpu
