@@ -272,7 +272,8 @@ public:
         float* const output = context.output<float>(0, call.outputShape);
         float* const keys = context.output<float>(1, call.presentShape);
         float* const values = context.output<float>(2, call.presentShape);
-        if (output == nullptr || keys == nullptr || values == nullptr)
+        bool const isEmpty = call.batch == 0 || call.newTokens == 0; // then the output has no memory
+        if ((output == nullptr && !isEmpty) || ((keys == nullptr || values == nullptr) && call.batch != 0))
         {
             throw Refusal("an output is left out: all three, output, present_key and present_value, have to be named");
         }
