@@ -272,11 +272,6 @@ public:
         float* const output = context.output<float>(0, call.outputShape);
         float* const keys = context.output<float>(1, call.presentShape);
         float* const values = context.output<float>(2, call.presentShape);
-        bool const isEmpty = call.batch == 0 || call.newTokens == 0; // then the output has no memory
-        if ((output == nullptr && !isEmpty) || ((keys == nullptr || values == nullptr) && call.batch != 0))
-        {
-            throw Refusal("an output is left out: all three, output, present_key and present_value, have to be named");
-        }
         AttentionPlan const plan(mAttributes, call, workerCount());
         Run run(mAttributes, mKernels, call, plan, output, keys, values);
         Stages stages(workerCount());
