@@ -31,8 +31,8 @@ from support.cpu_attention import (
 from support.source_tree import ROOT
 from support.tolerances import FLOAT32_EXACT, FLOAT32_REORDERED
 
-# What ONNX Runtime's operator takes: rotated heads of a multiple of 16, and several tokens behind a part-filled cache for
-# one row only.
+# What ONNX Runtime's operator takes: rotated heads of a multiple of 16, and several tokens behind a part-filled cache
+# for one row only.
 COMPARABLE = {
     name: case
     for name, case in CASES.items()
