@@ -210,13 +210,11 @@ void scoreByDots(
                 products[i] = load(queries + r * headSize) * load(vector);
                 if (r == 0)
                 {
-                    QWENFORGE_UNROLL
                     for (size_t d = 0; d < headSize; d += kWidestVector)
                     {
                         fetchAhead(vector + d);
                     }
                 }
-                QWENFORGE_UNROLL
                 for (size_t d = kLanes; d < headSize; d += kLanes)
                 {
                     products[i] += load(queries + r * headSize + d) * load(vector + d);
@@ -264,7 +262,6 @@ void addVectors(
 {
     size_t const count = kCount != 0 ? kCount : anyCount;
     Floats largest = load(scores);
-    QWENFORGE_UNROLL
     for (size_t i = 1; i < count; ++i)
     {
         largest = larger(load(scores + i * kLanes), largest);
@@ -274,7 +271,6 @@ void addVectors(
     float const maximum = result.maxima[row];
     Floats const origin = broadcast(maximum == -kInfinity ? 0.0F : maximum);
     Floats total = load(result.weights + row * kWidestVector);
-    QWENFORGE_UNROLL
     for (size_t i = 0; i < count; ++i)
     {
         Floats const probabilities = exponential2(load(scores + i * kLanes) - origin);
