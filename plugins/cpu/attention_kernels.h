@@ -14,11 +14,12 @@ inline constexpr size_t kKeysPerTile = 64;
 inline constexpr size_t kKeysPerPass = 512;
 inline constexpr size_t kWidestVector = 16; // of floats
 inline constexpr size_t kMostRowsAtOnce = 6;
+inline constexpr size_t kFewRows = 12; // up to here the keys are not worth transposing
 
-// A transposed tile of keys, a padded one of values, and scores of one or of a few passes.
+// A transposed tile of keys, a padded one of values, and scores.
 constexpr size_t attentionScratch(size_t headSize) noexcept
 {
-    return kKeysPerTile * (2 * headSize + kWidestVector + kMostRowsAtOnce) + 8 * kKeysPerPass;
+    return kKeysPerTile * (2 * headSize + kWidestVector + kMostRowsAtOnce) + kFewRows * kKeysPerPass;
 }
 
 // Tables of cosines and sines [P, half]: dimensions i and half + i of a head turn together, those behind 2 * half stay.
