@@ -46,13 +46,13 @@ size_t padded(size_t headSize) noexcept
 
 size_t partialFloats(size_t rows, size_t headSize) noexcept
 {
-    return rows * (padded(headSize) + 2);
+    return rows * (padded(headSize) + kWidestVector + 1);
 }
 
 PartialAttention partialAt(float* memory, size_t rows, size_t headSize) noexcept
 {
-    float* const maxima = memory + rows * padded(headSize);
-    return {memory, maxima, maxima + rows};
+    float* const weights = memory + rows * padded(headSize);
+    return {memory, weights + rows * kWidestVector, weights};
 }
 
 // One call, while its stages run.
