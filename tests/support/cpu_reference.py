@@ -205,6 +205,12 @@ def mlp(rows: Approximate, gate: Stored, up: Stored, down: Stored) -> Approximat
     return product(gated(product(rows, gate), product(rows, up)), down)
 
 
+def exact_mlp(rows: Approximate, gate: Stored, up: Stored, down: Stored) -> Approximate:
+    """The same without rounding activations."""
+    inner = gated(*(Approximate.exactly(rows.value @ matrix.dequantized.T) for matrix in (gate, up)))
+    return Approximate.exactly(inner.value @ down.dequantized.T)
+
+
 def on_grid(rng: np.random.Generator, rows: int, depth: int, group: int) -> Array:
     """float32 [rows, depth] that int8 has exactly: integers up to 127, one of them +-127, times a power of two."""
     padded = -(-depth // group) * group
