@@ -2,102 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from support.cpu_reference import Approximate, Array, Stored, mlp, normalized, on_grid
-from support.cpu_runs import Answer, Job, node_model
-
-EPSILON = 1e-6
+from support.cpu_gated_mlp_case import GatedMlpCase
+from support.cpu_runs import Answer, Job
 
 
-@dataclass(frozen=True)
-class Case:
-    """``hidden`` and ``inner`` are the two widths; gate and up have one form, down its own."""
-
-    bits: int = 4
-    group: int = 32
-    down_bits: int = 4
-    down_group: int = 32
-    rows: int = 1
-    hidden: int = 96
-    inner: int = 160
-    leading: tuple[int, ...] = ()
-    half_scales: bool = True
-    zero_points: bool = False
-    residual: bool = False
-    norm: bool = False
-    wants_sum: bool = False
-
-    @functools.cached_property
-    def matrices(self) -> tuple[Stored, Stored, Stored]:
-        """Gate, up and down; each its own zero points or none."""
-        form = functools.partial(Stored.random, half_scales=self.half_scales)
-        return (
-            form(self.inner, self.hidden, self.bits, self.group, zero_points=self.zero_points, seed=1),
-            form(self.inner, self.hidden, self.bits, self.group, zero_points=self.zero_points, seed=2),
-            form(self.hidden, self.inner, self.down_bits, self.down_group, zero_points=not self.zero_points, seed=3),
-        )
-
-    @functools.cached_property
-    def tensors(self) -> dict[str, Array]:
-        rng = np.random.default_rng([self.rows, self.hidden, self.inner, self.bits])
-        shape = (*(self.leading or (self.rows,)), self.hidden)
-        tensors = {"values": on_grid(rng, self.rows, self.hidden, self.group).reshape(shape)}
-        if self.residual:
-            tensors["residual"] = (rng.integers(-64, 65, shape) * np.float32(2.0**-6)).astype(np.float32)
-            tensors["values"] = tensors["values"] - tensors["residual"]
-        if self.norm:
-            tensors["norm_weight"] = rng.uniform(0.5, 1.5, self.hidden).astype(np.float32)
-        return tensors
-
-    @property
-    def sum(self) -> Array:
-        values = self.tensors["values"]
-        return np.asarray(values + self.tensors["residual"] if self.residual else values)
-
-    @property
-    def expected(self) -> Approximate:
-        return mlp(normalized(self.sum, self.tensors.get("norm_weight"), EPSILON), *self.matrices)
-
-    def job(self, threads: tuple[int, ...] = (1, 2, 4)) -> Job:
-        given = self.tensors
-        fed = {name: given[name] for name in ("values", "residual") if name in given}
-        inputs: list[tuple[str, Array | None]] = [("values", None)]
-        for name, matrix in zip(("gate", "up", "down"), self.matrices, strict=True):
-            places = (name, f"{name}_scales", f"{name}_zero_points")
-            inputs += zip(places, matrix.tensors, strict=True)
-        inputs += [(name, given.get(name)) for name in ("residual", "norm_weight")]
-        attributes = {
-            "hidden_size": self.hidden,
-            "intermediate_size": self.inner,
-            "bits": self.bits,
-            "block_size": self.group,
-            "down_bits": self.down_bits,
-            "down_block_size": self.down_group,
-            "epsilon": EPSILON,
-        }
-        model = node_model("QuantizedGatedMlp", inputs, attributes, fed=fed, wants_sum=self.wants_sum)
-        return Job(model, fed, threads)
-
-    def __str__(self) -> str:
-        flags = ("half_scales", "zero_points", "residual", "norm", "wants_sum")
-        words = [name for name in flags if getattr(self, name)]
-        forms = f"int{self.bits} by {self.group}, int{self.down_bits} by {self.down_group}"
-        return " ".join([f"{self.rows}x{self.hidden}x{self.inner}", forms, *words])
-
-
-def _forms() -> list[Case]:
+def _forms() -> list[GatedMlpCase]:
     found = []
     rows = (1, 2, 4, 5, 12, 13, 37)
     for i, (bits, down_bits, count) in enumerate(itertools.product((4, 8), (4, 8), rows)):
         found.append(
-            Case(
+            GatedMlpCase(
                 bits=bits,
                 down_bits=down_bits,
                 rows=count,
@@ -114,12 +35,12 @@ def _forms() -> list[Case]:
             )
         )
     # Wide ones: several tiles in an item, and several items for each thread.
-    found += [Case(bits=bits, rows=rows, hidden=64, inner=1700) for bits in (4, 8) for rows in (1, 6)]
+    found += [GatedMlpCase(bits=bits, rows=rows, hidden=64, inner=1700) for bits in (4, 8) for rows in (1, 6)]
     return found
 
 
 CASES = {str(case): case for case in _forms()}
-PLAIN = Case(rows=6)
+PLAIN = GatedMlpCase(rows=6)
 
 
 def _spoiled(rows: int) -> Job:

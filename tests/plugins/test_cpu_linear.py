@@ -2,109 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from support.cpu_reference import Approximate, Array, Stored, half_step, normalized, on_grid, product
+from support.cpu_linear_case import LinearCase
+from support.cpu_reference import Approximate, half_step, product
 from support.cpu_runs import Answer, Job, node_model
 from support.tolerances import FLOAT32_EXACT
 
-EPSILON = 1e-5
 BITS = (4, 8)
 GROUPS = (16, 32, 64, 128, 512)
 ROWS = (1, 2, 3, 4, 5, 12, 13, 37, 300)
 
 
-@dataclass(frozen=True)
-class Case:
-    """``columns`` and ``depth`` are N and K; ``grid``: the activations are numbers that int8 has."""
-
-    bits: int = 4
-    group: int = 32
-    rows: int = 1
-    columns: int = 100
-    depth: int = 200
-    leading: tuple[int, ...] = ()
-    half_scales: bool = True
-    zero_points: bool = False
-    bias: bool = False
-    residual: bool = False
-    norm: bool = False
-    wants_sum: bool = False
-    grid: bool = True
-
-    @property
-    def matrix(self) -> Stored:
-        return Stored.random(
-            self.columns,
-            self.depth,
-            self.bits,
-            self.group,
-            zero_points=self.zero_points,
-            half_scales=self.half_scales,
-        )
-
-    @functools.cached_property
-    def tensors(self) -> dict[str, Array]:
-        """Values, and what else the case has."""
-        rng = np.random.default_rng([self.rows, self.columns, self.depth, self.bits, self.group])
-        rows = on_grid(rng, self.rows, self.depth, self.group)
-        if not self.grid:
-            rows = rng.standard_normal((self.rows, self.depth), np.float32)
-        shape = (*(self.leading or (self.rows,)), self.depth)
-        tensors = {"values": rows.reshape(shape)}
-        if self.residual:
-            # The sum is the rows, exactly where they are on the grid.
-            tensors["residual"] = (rng.integers(-64, 65, shape) * np.float32(2.0**-6)).astype(np.float32)
-            tensors["values"] = tensors["values"] - tensors["residual"]
-        if self.norm:
-            tensors["norm_weight"] = rng.uniform(0.5, 1.5, self.depth).astype(np.float32)
-        if self.bias:
-            tensors["bias"] = rng.standard_normal(self.columns, np.float32)
-        return tensors
-
-    @property
-    def sum(self) -> Array:
-        """float32, as the op adds."""
-        values = self.tensors["values"]
-        return np.asarray(values + self.tensors["residual"] if self.residual else values)
-
-    @property
-    def expected(self) -> Approximate:
-        rows = normalized(self.sum, self.tensors.get("norm_weight"), EPSILON)
-        found = product(rows, self.matrix)
-        bias = self.tensors.get("bias", np.zeros(1))
-        return Approximate(found.value + bias, found.slack + FLOAT32_EXACT * np.abs(bias))
-
-    def job(self, threads: tuple[int, ...] = (1, 2, 4)) -> Job:
-        codes, scales, points = self.matrix.tensors
-        given = self.tensors
-        fed = {name: given[name] for name in ("values", "residual") if name in given}
-        inputs = [("values", None), ("weight", codes), ("scales", scales), ("zero_points", points)]
-        inputs += [(name, given.get(name)) for name in ("bias", "residual", "norm_weight")]
-        attributes = {"N": self.columns, "K": self.depth, "bits": self.bits, "block_size": self.group}
-        attributes |= {"epsilon": EPSILON}
-        return Job(node_model("QuantizedLinear", inputs, attributes, fed=fed, wants_sum=self.wants_sum), fed, threads)
-
-    def __str__(self) -> str:
-        shape = f"{self.rows}x{self.depth}x{self.columns}"
-        flags = ("half_scales", "zero_points", "bias", "residual", "norm", "wants_sum", "grid")
-        words = [name for name in flags if getattr(self, name)]
-        return " ".join([shape, f"int{self.bits}", f"group {self.group}", *words])
-
-
-def _forms() -> list[Case]:
+def _forms() -> list[LinearCase]:
     """Every bits, group and count of rows, beside which everything else takes turns with periods of its own."""
     found = []
     for i, (bits, group, rows) in enumerate(itertools.product(BITS, GROUPS, ROWS)):
         residual, norm = i // 2 % 2 == 1, i % 3 == 1
         found.append(
-            Case(
+            LinearCase(
                 bits=bits,
                 group=group,
                 rows=rows,
@@ -121,12 +42,14 @@ def _forms() -> list[Case]:
             )
         )
     # Wide ones: several items for each thread.
-    found += [Case(bits=bits, rows=rows, columns=1100, depth=64, zero_points=True) for bits in BITS for rows in (1, 7)]
+    found += [
+        LinearCase(bits=bits, rows=rows, columns=1100, depth=64, zero_points=True) for bits in BITS for rows in (1, 7)
+    ]
     return found
 
 
 CASES = {str(case): case for case in _forms()}
-IDENTITY = replace(Case(rows=9, columns=256, depth=256, group=64), grid=False)
+IDENTITY = replace(LinearCase(rows=9, columns=256, depth=256, group=64), grid=False)
 
 
 def _identity() -> Job:
@@ -142,7 +65,7 @@ def _identity() -> Job:
 
 def _spoiled(value: float) -> Job:
     """Row 3 has ``value`` once, in the second of its groups."""
-    job = Case(rows=6, grid=False).job((2,))
+    job = LinearCase(rows=6, grid=False).job((2,))
     values = job.feeds["values"].copy()
     values[3, 40] = value
     return replace(job, feeds={"values": values})
@@ -150,7 +73,7 @@ def _spoiled(value: float) -> Job:
 
 def _extremes() -> Job:
     """Rows of zeros, of the smallest and of almost the greatest numbers."""
-    job = Case(rows=4, grid=False).job((2,))
+    job = LinearCase(rows=4, grid=False).job((2,))
     values = job.feeds["values"].copy()
     values[0], values[1], values[2] = 0, values[1] * np.float32(1e-41), values[2] * np.float32(1e37)
     return replace(job, feeds={"values": values})
@@ -162,7 +85,7 @@ JOBS = {
     "nan": _spoiled(np.nan),
     "infinity": _spoiled(np.inf),
     "extremes": _extremes(),
-    "no rows": replace(Case().job((2,)), feeds={"values": np.zeros((0, 200), np.float32)}),
+    "no rows": replace(LinearCase().job((2,)), feeds={"values": np.zeros((0, 200), np.float32)}),
 }
 
 
@@ -226,7 +149,7 @@ def test_activations_are_rounded_to_the_nearest_of_255_numbers(answers: Mapping[
 def test_what_is_no_number_stays_in_its_row(name: str, answers: Mapping[str, Answer]) -> None:
     found = answers[name].outputs[0]
     assert not np.isfinite(found[3]).any(), "every output reads it"
-    case = Case(rows=6, grid=False)
+    case = LinearCase(rows=6, grid=False)
     others = [0, 1, 2, 4, 5]
     case.expected[others].check(found[others])
 
@@ -236,7 +159,7 @@ def test_rows_of_zeros_and_of_extreme_numbers(answers: Mapping[str, Answer]) -> 
     values = JOBS["extremes"].feeds["values"]
     assert not found[0].any()
     assert np.abs(found[1]).max() < 1e-36
-    product(Approximate.exactly(values[2:]), Case().matrix).check(found[2:])
+    product(Approximate.exactly(values[2:]), LinearCase().matrix).check(found[2:])
 
 
 def test_no_rows_give_no_rows(answers: Mapping[str, Answer]) -> None:
