@@ -3,6 +3,7 @@
 #include "cpu/attention.h"
 #include "cpu/attention_kernels.h"
 #include "cpu/instruction_set.h"
+#include "cpu/scratch.h"
 
 #include <algorithm>
 #include <cmath>
@@ -26,17 +27,6 @@ AttentionKernels const& kernelsOf(InstructionSet set) noexcept
     (void)set;
 #endif
     return kBaselineAttention;
-}
-
-// A thread's own memory, kept between calls: at the end of an item nothing in it is wanted any more.
-float* threadMemory(size_t floats)
-{
-    thread_local std::vector<float> memory;
-    if (memory.size() < floats)
-    {
-        memory.resize(floats);
-    }
-    return memory.data();
 }
 
 size_t padded(size_t headSize) noexcept
@@ -90,7 +80,7 @@ public:
         }
         if (mPlan.shares > 1)
         {
-            mPartials.resize(heads * mPlan.shares * partialFloats(rowsPerTile(), mCall.headSize));
+            mPartials = mMemory.take<float>(heads * mPlan.shares * partialFloats(rowsPerTile(), mCall.headSize));
         }
         stages.add(heads * mPlan.tiles * mPlan.shares,
             [this, appendsFirst](size_t item, size_t)
@@ -200,10 +190,9 @@ private:
             append(head, item.keyBegin, item.keyEnd);
         }
 
-        size_t const scratch = attentionScratch(headSize);
-        size_t const partial = partialFloats(item.rows, headSize);
-        float* const memory = threadMemory(scratch + item.rows * headSize + partial);
-        float* const queries = memory + scratch;
+        Scratch memory;
+        float* const queries = memory.take<float>(item.rows * headSize);
+        float* const scratch = memory.take<float>(attentionScratch(headSize));
         for (size_t token = 0; token < tokens; ++token)
         {
             Rotation const turn = rotation(row, firstToken + token);
@@ -217,18 +206,19 @@ private:
         item.queries = queries;
         if (mPlan.shares > 1)
         {
-            mKernels.attend(item, partialOf(head, share), memory);
+            mKernels.attend(item, partialOf(head, share), scratch);
             return;
         }
-        PartialAttention const whole = partialAt(queries + item.rows * headSize, item.rows, headSize);
-        mKernels.attend(item, whole, memory);
+        PartialAttention const whole
+            = partialAt(memory.take<float>(partialFloats(item.rows, headSize)), item.rows, headSize);
+        mKernels.attend(item, whole, scratch);
         write(row, head, firstToken, tokens, &whole);
     }
 
     PartialAttention partialOf(size_t head, size_t share) noexcept
     {
         size_t const floats = partialFloats(rowsPerTile(), mCall.headSize);
-        return partialAt(mPartials.data() + (head * mPlan.shares + share) * floats, rowsPerTile(), mCall.headSize);
+        return partialAt(mPartials + (head * mPlan.shares + share) * floats, rowsPerTile(), mCall.headSize);
     }
 
     void mergeShares(size_t head)
@@ -263,7 +253,8 @@ private:
     float* mValues;
     float mScale;
     bool mInPlace;
-    std::vector<float> mPartials; // [batch, kvHeads, shares] of partialFloats each
+    Scratch mMemory;
+    float* mPartials{nullptr}; // [batch, kvHeads, shares] of partialFloats each
 };
 
 class CachedAttention : public Kernel
@@ -281,10 +272,6 @@ public:
         float* const output = context.output<float>(0, call.outputShape);
         float* const keys = context.output<float>(1, call.presentShape);
         float* const values = context.output<float>(2, call.presentShape);
-        if (output == nullptr || keys == nullptr || values == nullptr)
-        {
-            throw Refusal("an output is left out: all three, output, present_key and present_value, have to be named");
-        }
         AttentionPlan const plan(mAttributes, call, workerCount());
         Run run(mAttributes, mKernels, call, plan, output, keys, values);
         Stages stages(workerCount());
