@@ -26,8 +26,8 @@ struct AttentionAttributes
 struct AttentionCall
 {
     float const* packed; // [batch, newTokens, (heads + 2 kvHeads) headSize]: queries, keys, values
-    float const* pastKeys; // [batch, kvHeads, capacity, headSize]
-    float const* pastValues;
+    void const* pastKeys; // [batch, kvHeads, capacity, headSize], of float32 or of float16
+    void const* pastValues;
     int32_t const* lastKeys;    // [batch]
     float const* cosines;       // [positions, rotated / 2]; null: nothing turns
     float const* sines;

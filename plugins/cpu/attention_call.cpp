@@ -100,8 +100,8 @@ AttentionCall::AttentionCall(AttentionAttributes const& attributes, Call const& 
     , halfRotated(0)
 {
     auto const queries = tensor<float>(call, kPackedInput, "query", 3);
-    auto const keys = tensor<float>(call, kPastKeyInput, "past_key", 4);
-    auto const values = tensor<float>(call, kPastValueInput, "past_value", 4);
+    auto const keys = tensor<void>(call, kPastKeyInput, "past_key", 4);
+    auto const values = tensor<void>(call, kPastValueInput, "past_value", 4);
     auto const last = tensor<int32_t>(call, kLastKeysInput, "seqlens_k", 1);
     batch = static_cast<size_t>(queries.shape[0]);
     newTokens = static_cast<size_t>(queries.shape[1]);

@@ -22,6 +22,12 @@ constexpr size_t attentionScratch(size_t headSize) noexcept
     return kKeysPerTile * (2 * headSize + kWidestVector + kMostRowsAtOnce) + kFewRows * kKeysPerPass;
 }
 
+// A number of float16, as its bits.
+struct Half
+{
+    uint16_t bits;
+};
+
 // Tables of cosines and sines [P, half]: dimensions i and half + i of a head turn together, those behind 2 * half stay.
 struct Rotation
 {
@@ -39,12 +45,15 @@ struct PartialAttention
     float* weights; // [rows, kWidestVector]: of which the sum is that of the probabilities
 };
 
+// Keys and values are float32 or, as Half, float16; all arithmetic is in float32.
+//
 // Row number `row` of the queries sees the keys up to `firstPosition + row / group`, of those the last `window`.
+template <typename Element>
 struct AttentionItem
 {
     float const* queries; // [rows, headSize]
-    float const* keys;    // [capacity, headSize], of one head
-    float const* values;
+    Element const* keys;  // [capacity, headSize], of one head
+    Element const* values;
     size_t headSize;
     size_t rows;
     size_t group; // query heads that share the keys
@@ -54,13 +63,22 @@ struct AttentionItem
     size_t keyEnd;
 };
 
-struct AttentionKernels
+// What depends on the elements of the caches.
+template <typename Element>
+struct CacheKernels
 {
-    // turned = factor * the rotated head, both [headSize].
-    void (*rotate)(float const* head, Rotation const& rotation, size_t headSize, float factor, float* turned);
+    // kept = factor * the rotated head, both [headSize]. As float16 it is rounded to nearest, ties to even, and numbers
+    // beyond 65504 become that, for one infinity would make NaN of every query that sees it.
+    void (*rotate)(float const* head, Rotation const& rotation, size_t headSize, float factor, Element* kept);
 
     // `scratch` is the caller's own, of attentionScratch(headSize) floats.
-    void (*attend)(AttentionItem const& item, PartialAttention const& result, float* scratch);
+    void (*attend)(AttentionItem<Element> const& item, PartialAttention const& result, float* scratch);
+};
+
+struct AttentionKernels
+{
+    CacheKernels<float> float32;
+    CacheKernels<Half> float16;
 
     // output [headSize] = row number `row` of `count` parts; the parts may change.
     void (*merge)(PartialAttention const* parts, size_t count, size_t row, size_t headSize, float* output);

@@ -100,7 +100,8 @@ void addScores(float* scores, Range range, size_t row, PartialAttention const& r
 
 // sums [rows, vectors] += probabilities [rows, scoreStride] @ values, each row of those that it sees. At most
 // kMostRowsAtOnce rows.
-void addValues(size_t rows, float const* probabilities, size_t scoreStride, Range const* ranges, float const* values,
+template <typename Element>
+void addValues(size_t rows, float const* probabilities, size_t scoreStride, Range const* ranges, Element const* values,
     size_t valueStride, float* sums, size_t vectors) noexcept
 {
     Range shared = ranges[0];
@@ -128,7 +129,8 @@ void addValues(size_t rows, float const* probabilities, size_t scoreStride, Rang
 }
 
 // The keys that row number `row` sees of those from `begin` to `end`, counted from `begin`.
-Range seen(AttentionItem const& item, size_t row, size_t begin, size_t end) noexcept
+template <typename Element>
+Range seen(AttentionItem<Element> const& item, size_t row, size_t begin, size_t end) noexcept
 {
     size_t const behind = item.firstPosition + row / item.group + 1;
     size_t const first = behind > item.window ? behind - item.window : 0;
@@ -136,42 +138,86 @@ Range seen(AttentionItem const& item, size_t row, size_t begin, size_t end) noex
     return {from - begin, maximumOf(minimumOf(behind, end), from) - begin};
 }
 
+template <typename Element>
+auto byHeadSize(size_t headSize) noexcept
+{
+    using Score = void (*)(size_t, float const*, Element const*, size_t, size_t, float*, float*);
+    Score const of64 = scoreByDots<64>;
+    Score const of128 = scoreByDots<128>;
+    Score const ofAny = scoreByDots<0>;
+    return headSize == 64 ? of64 : headSize == 128 ? of128 : ofAny;
+}
+
 // Few queries: the keys as they are, in long passes, since fetching them takes longer than the arithmetic.
-void attendFew(AttentionItem const& item, Range keys, PartialAttention const& result, float* scores) noexcept
+template <typename Element>
+void attendFew(AttentionItem<Element> const& item, Range keys, PartialAttention const& result, float* scratch) noexcept
 {
     size_t const headSize = item.headSize;
     size_t const vectors = vectorsOf(headSize);
     size_t const height = heightOf(item.rows);
-    auto const score = headSize == 64 ? scoreByDots<64> : headSize == 128 ? scoreByDots<128> : scoreByDots<0>;
+    auto const score = byHeadSize<Element>(headSize);
+    float* const scores = scratch;
+    float* const widened = scores + kFewRows * kKeysPerPass;
     for (size_t key = keys.begin; key < keys.end; key += kKeysPerPass)
     {
         size_t const behind = minimumOf(key + kKeysPerPass, keys.end);
-        score(item.rows, item.queries, item.keys + key * headSize, behind - key, headSize, scores);
+        score(item.rows, item.queries, item.keys + key * headSize, behind - key, headSize, widened, scores);
         for (size_t row = 0; row < item.rows; ++row)
         {
             addScores(scores + row * kKeysPerPass, seen(item, row, key, behind), row, result, vectors);
         }
-        // Rows that do not fit together find the values of a tile in the level-1 cache.
+        // Rows that do not fit together find the values of a tile in the level-1 cache, as float32.
         for (size_t tile = key; tile < behind; tile += kKeysPerTile)
         {
             size_t const tileEnd = minimumOf(tile + kKeysPerTile, behind);
-            for (size_t row = 0; row < item.rows; row += height)
+            auto const add = [&](auto const* values)
             {
-                size_t const rows = minimumOf(height, item.rows - row);
-                Range ranges[kMostRowsAtOnce] = {};
-                for (size_t r = 0; r < rows; ++r)
+                for (size_t row = 0; row < item.rows; row += height)
                 {
-                    ranges[r] = seen(item, row + r, tile, tileEnd);
+                    size_t const rows = minimumOf(height, item.rows - row);
+                    Range ranges[kMostRowsAtOnce] = {};
+                    for (size_t r = 0; r < rows; ++r)
+                    {
+                        ranges[r] = seen(item, row + r, tile, tileEnd);
+                    }
+                    addValues(rows, scores + row * kKeysPerPass + (tile - key), kKeysPerPass, ranges, values, headSize,
+                        result.sums + row * vectors * kLanes, vectors);
                 }
-                addValues(rows, scores + row * kKeysPerPass + (tile - key), kKeysPerPass, ranges,
-                    item.values + tile * headSize, headSize, result.sums + row * vectors * kLanes, vectors);
+            };
+            Element const* const values = item.values + tile * headSize;
+            if (sizeof(Element) == sizeof(float) || item.rows <= kMostRowsAtOnce)
+            {
+                add(values);
+            }
+            else
+            {
+                padRows(values, tileEnd - tile, headSize, headSize, widened);
+                add(widened);
             }
         }
     }
 }
 
+// Values as the products read them: float32, in rows of whole vectors; `padded` where they are not so already.
+float const* paddedRows(float const* values, size_t count, size_t width, size_t stride, float* padded) noexcept
+{
+    if (stride == width)
+    {
+        return values;
+    }
+    padRows(values, count, width, stride, padded);
+    return padded;
+}
+
+float const* paddedRows(Half const* values, size_t count, size_t width, size_t stride, float* padded) noexcept
+{
+    padRows(values, count, width, stride, padded);
+    return padded;
+}
+
 // Many queries: tiles of keys, transposed.
-void attendMany(AttentionItem const& item, Range keys, PartialAttention const& result, float* scratch) noexcept
+template <typename Element>
+void attendMany(AttentionItem<Element> const& item, Range keys, PartialAttention const& result, float* scratch) noexcept
 {
     size_t const headSize = item.headSize;
     size_t const vectors = vectorsOf(headSize);
@@ -184,12 +230,8 @@ void attendMany(AttentionItem const& item, Range keys, PartialAttention const& r
     {
         size_t const behind = minimumOf(key + kKeysPerTile, keys.end);
         transposeKeys(item.keys + key * headSize, behind - key, headSize, panel);
-        float const* values = item.values + key * headSize;
-        if (stride != headSize)
-        {
-            padRows(values, behind - key, headSize, stride, padded);
-            values = padded;
-        }
+        float const* const values
+            = paddedRows(item.values + key * headSize, behind - key, headSize, stride, padded);
         for (size_t row = 0; row < item.rows; row += height)
         {
             size_t const rows = minimumOf(height, item.rows - row);
@@ -215,7 +257,8 @@ void attendMany(AttentionItem const& item, Range keys, PartialAttention const& r
     }
 }
 
-void attend(AttentionItem const& item, PartialAttention const& result, float* scratch)
+template <typename Element>
+void attend(AttentionItem<Element> const& item, PartialAttention const& result, float* scratch)
 {
     size_t const stride = vectorsOf(item.headSize) * kLanes;
     for (size_t i = 0; i < item.rows * stride; i += kLanes)
@@ -265,23 +308,38 @@ void merge(PartialAttention const* parts, size_t count, size_t row, size_t headS
     }
 }
 
-void rotate(float const* head, Rotation const& rotation, size_t headSize, float factor, float* __restrict turned)
+template <typename Element>
+void rotate(float const* head, Rotation const& rotation, size_t headSize, float factor, Element* __restrict kept)
 {
     size_t const half = rotation.half;
-    for (size_t i = 0; i < half; ++i)
+    float const* const cosines = rotation.cosines;
+    float const* const sines = rotation.sines;
+    size_t i = 0;
+    for (; i + kLanes <= half; i += kLanes)
+    {
+        Floats const first = load(head + i);
+        Floats const second = load(head + half + i);
+        store(kept + i, factor * (first * load(cosines + i) - second * load(sines + i)));
+        store(kept + half + i, factor * (second * load(cosines + i) + first * load(sines + i)));
+    }
+    for (; i < half; ++i)
     {
         float const first = head[i];
         float const second = head[half + i];
-        turned[i] = factor * (first * rotation.cosines[i] - second * rotation.sines[i]);
-        turned[half + i] = factor * (second * rotation.cosines[i] + first * rotation.sines[i]);
+        storeOne(kept + i, factor * (first * cosines[i] - second * sines[i]));
+        storeOne(kept + half + i, factor * (second * cosines[i] + first * sines[i]));
     }
-    for (size_t i = 2 * half; i < headSize; ++i)
+    for (i = 2 * half; i + kLanes <= headSize; i += kLanes)
     {
-        turned[i] = factor * head[i];
+        store(kept + i, factor * load(head + i));
+    }
+    for (; i < headSize; ++i)
+    {
+        storeOne(kept + i, factor * head[i]);
     }
 }
 
-constexpr AttentionKernels kKernels{rotate, attend, merge};
+constexpr AttentionKernels kKernels{{rotate<float>, attend<float>}, {rotate<Half>, attend<Half>}, merge};
 
 } // namespace
 } // namespace qwenforge::cpu

@@ -29,6 +29,16 @@ AttentionKernels const& kernelsOf(InstructionSet set) noexcept
     return kBaselineAttention;
 }
 
+CacheKernels<float> const& cacheKernels(AttentionKernels const& kernels, float const*) noexcept
+{
+    return kernels.float32;
+}
+
+CacheKernels<Half> const& cacheKernels(AttentionKernels const& kernels, Half const*) noexcept
+{
+    return kernels.float16;
+}
+
 size_t padded(size_t headSize) noexcept
 {
     return (headSize + kWidestVector - 1) / kWidestVector * kWidestVector;
@@ -45,14 +55,18 @@ PartialAttention partialAt(float* memory, size_t rows, size_t headSize) noexcept
     return {memory, weights + rows * kWidestVector, weights};
 }
 
-// One call, while its stages run.
+constexpr Rotation kNoRotation{nullptr, nullptr, 0};
+
+// One call, while its stages run. Element is that of the caches.
+template <typename Element>
 class Run
 {
 public:
     Run(AttentionAttributes const& attributes, AttentionKernels const& kernels, AttentionCall const& call,
-        AttentionPlan const& plan, float* output, float* keys, float* values)
+        AttentionPlan const& plan, float* output, Element* keys, Element* values)
         : mAttributes(attributes)
         , mKernels(kernels)
+        , mCaches(cacheKernels(kernels, keys))
         , mCall(call)
         , mPlan(plan)
         , mOutput(output)
@@ -122,7 +136,7 @@ private:
     {
         if (mCall.halfRotated == 0)
         {
-            return {nullptr, nullptr, 0};
+            return kNoRotation;
         }
         size_t const offset = mCall.rotaryPosition(row, token) * mCall.halfRotated;
         return {mCall.cosines + offset, mCall.sines + offset, mCall.halfRotated};
@@ -131,14 +145,16 @@ private:
     void copyPast(size_t head) const noexcept
     {
         size_t const offset = head * cacheStride();
-        if (mKeys != mCall.pastKeys)
+        auto const copy = [&](Element* present, void const* past)
         {
-            std::memcpy(mKeys + offset, mCall.pastKeys + offset, cacheStride() * sizeof(float));
-        }
-        if (mValues != mCall.pastValues)
-        {
-            std::memcpy(mValues + offset, mCall.pastValues + offset, cacheStride() * sizeof(float));
-        }
+            if (present != past)
+            {
+                std::memcpy(
+                    present + offset, static_cast<Element const*>(past) + offset, cacheStride() * sizeof(Element));
+            }
+        };
+        copy(mKeys, mCall.pastKeys);
+        copy(mValues, mCall.pastValues);
     }
 
     // Puts the new tokens whose indices are from `begin` to `end` into the cache.
@@ -155,10 +171,10 @@ private:
                 continue;
             }
             size_t const offset = head * cacheStride() + index * mCall.headSize;
-            mKernels.rotate(packed(row, token, mAttributes.heads + kvHead), rotation(row, token), mCall.headSize, 1,
+            mCaches.rotate(packed(row, token, mAttributes.heads + kvHead), rotation(row, token), mCall.headSize, 1,
                 mKeys + offset);
-            std::memcpy(mValues + offset, packed(row, token, mAttributes.heads + mAttributes.kvHeads + kvHead),
-                mCall.headSize * sizeof(float));
+            mCaches.rotate(packed(row, token, mAttributes.heads + mAttributes.kvHeads + kvHead), kNoRotation,
+                mCall.headSize, 1, mValues + offset);
         }
     }
 
@@ -170,7 +186,7 @@ private:
         size_t const firstToken = tile * mPlan.tokensPerTile;
         size_t const tokens = std::min(mPlan.tokensPerTile, mCall.newTokens - firstToken);
 
-        AttentionItem item{};
+        AttentionItem<Element> item{};
         item.headSize = headSize;
         item.rows = tokens * group;
         item.group = group;
@@ -199,19 +215,19 @@ private:
             for (size_t i = 0; i < group; ++i)
             {
                 size_t const queryHead = head % mAttributes.kvHeads * group + i;
-                mKernels.rotate(packed(row, firstToken + token, queryHead), turn, headSize, mScale,
+                mKernels.float32.rotate(packed(row, firstToken + token, queryHead), turn, headSize, mScale,
                     queries + (token * group + i) * headSize);
             }
         }
         item.queries = queries;
         if (mPlan.shares > 1)
         {
-            mKernels.attend(item, partialOf(head, share), scratch);
+            mCaches.attend(item, partialOf(head, share), scratch);
             return;
         }
         PartialAttention const whole
             = partialAt(memory.take<float>(partialFloats(item.rows, headSize)), item.rows, headSize);
-        mKernels.attend(item, whole, scratch);
+        mCaches.attend(item, whole, scratch);
         write(row, head, firstToken, tokens, &whole);
     }
 
@@ -246,17 +262,19 @@ private:
 
     AttentionAttributes const& mAttributes;
     AttentionKernels const& mKernels;
+    CacheKernels<Element> const& mCaches;
     AttentionCall const& mCall;
     AttentionPlan const& mPlan;
     float* mOutput;
-    float* mKeys; // the present ones
-    float* mValues;
+    Element* mKeys; // the present ones
+    Element* mValues;
     float mScale;
     bool mInPlace;
     Scratch mMemory;
     float* mPartials{nullptr}; // [batch, kvHeads, shares] of partialFloats each
 };
 
+template <typename Element>
 class CachedAttention : public Kernel
 {
 public:
@@ -270,10 +288,10 @@ public:
     {
         AttentionCall const call(mAttributes, context);
         float* const output = context.output<float>(0, call.outputShape);
-        float* const keys = context.output<float>(1, call.presentShape);
-        float* const values = context.output<float>(2, call.presentShape);
+        auto* const keys = context.output<Element>(1, call.presentShape);
+        auto* const values = context.output<Element>(2, call.presentShape);
         AttentionPlan const plan(mAttributes, call, workerCount());
-        Run run(mAttributes, mKernels, call, plan, output, keys, values);
+        Run<Element> run(mAttributes, mKernels, call, plan, output, keys, values);
         Stages stages(workerCount());
         run.addStages(stages);
         context.run(stages);
@@ -284,15 +302,26 @@ private:
     AttentionKernels const& mKernels;
 };
 
+template <typename Element>
+OpDefinition define(Port cache)
+{
+    return {"CachedAttention",
+        {kFloat, kOptionalFloat, kOptionalFloat, cache, cache, kInt32, kInt32, kOptionalFloat, kOptionalFloat,
+            kOptionalInt64},
+        {kFloat, cache, cache},
+        [](Node const& node) -> std::unique_ptr<Kernel> { return std::make_unique<CachedAttention<Element>>(node); }};
+}
+
 } // namespace
 
 OpDefinition cachedAttention()
 {
-    return {"CachedAttention",
-        {kFloat, kOptionalFloat, kOptionalFloat, kFloat, kFloat, kInt32, kInt32, kOptionalFloat, kOptionalFloat,
-            kOptionalInt64},
-        {kFloat, kFloat, kFloat},
-        [](Node const& node) -> std::unique_ptr<Kernel> { return std::make_unique<CachedAttention>(node); }};
+    return define<float>(kFloat);
+}
+
+OpDefinition cachedAttentionOfHalves()
+{
+    return define<Half>(kHalf);
 }
 
 } // namespace qwenforge::cpu

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/attention_kernels.h"
-#include "cpu/vectors.h"
+#include "cpu/half_vectors.h"
 
 namespace qwenforge::cpu
 {
@@ -34,15 +34,17 @@ size_t vectorsOf(size_t floats) noexcept
 
 // Asks for what stands 32 KiB behind to be brought into the level-2 cache: the processor itself looks less far. Nothing
 // happens where there is no memory.
-inline void fetchAhead(float const* address) noexcept
+inline void fetchAhead(void const* address) noexcept
 {
     __builtin_prefetch(reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(address) + (32 << 10)), 0, 2);
 }
 
+constexpr size_t kCacheLine = 64; // bytes
+
 // sums [kRows, kColumns vectors] = (kAdds: +=) left [kRows, depth] @ right [depth, kColumns vectors].
-template <size_t kRows, size_t kColumns, bool kAdds>
-void multiplyBlock(float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth, float* sums,
-    size_t sumStride) noexcept
+template <size_t kRows, size_t kColumns, bool kAdds, typename Element>
+void multiplyBlock(float const* left, size_t leftStride, Element const* right, size_t rightStride, size_t depth,
+    float* sums, size_t sumStride) noexcept
 {
     Floats block[kRows][kColumns];
     QWENFORGE_UNROLL
@@ -61,7 +63,7 @@ void multiplyBlock(float const* left, size_t leftStride, float const* right, siz
         for (size_t c = 0; c < kColumns; ++c)
         {
             columns[c] = load(right + k * rightStride + c * kLanes);
-            if (kAdds) // the values
+            if (kAdds && c * kLanes * sizeof(Element) % kCacheLine == 0) // the values
             {
                 fetchAhead(right + k * rightStride + c * kLanes);
             }
@@ -94,8 +96,8 @@ struct Constant
     static constexpr size_t kValue = kNumber;
 };
 
-template <size_t kRows, bool kAdds>
-void multiplyRows(float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth,
+template <size_t kRows, bool kAdds, typename Element>
+void multiplyRows(float const* left, size_t leftStride, Element const* right, size_t rightStride, size_t depth,
     size_t vectors, float* sums, size_t sumStride) noexcept
 {
     auto const block = [&](auto columns, size_t column)
@@ -118,23 +120,25 @@ void multiplyRows(float const* left, size_t leftStride, float const* right, size
 }
 
 // At most kMostRowsAtOnce rows.
-template <bool kAdds>
-void multiply(size_t rows, float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth,
+template <bool kAdds, typename Element>
+void multiply(size_t rows, float const* left, size_t leftStride, Element const* right, size_t rightStride, size_t depth,
     size_t vectors, float* sums, size_t sumStride) noexcept
 {
-    using Multiply = void (*)(float const*, size_t, float const*, size_t, size_t, size_t, float*, size_t);
-    static constexpr Multiply byRows[kMostRowsAtOnce] = {multiplyRows<1, kAdds>, multiplyRows<2, kAdds>,
-        multiplyRows<3, kAdds>, multiplyRows<4, kAdds>, multiplyRows<5, kAdds>, multiplyRows<6, kAdds>};
+    using Multiply = void (*)(float const*, size_t, Element const*, size_t, size_t, size_t, float*, size_t);
+    static constexpr Multiply byRows[kMostRowsAtOnce]
+        = {multiplyRows<1, kAdds, Element>, multiplyRows<2, kAdds, Element>, multiplyRows<3, kAdds, Element>,
+            multiplyRows<4, kAdds, Element>, multiplyRows<5, kAdds, Element>, multiplyRows<6, kAdds, Element>};
     byRows[rows - 1](left, leftStride, right, rightStride, depth, vectors, sums, sumStride);
 }
 
 // panel [headSize, kKeysPerTile] = keys [count, headSize] transposed; what stands beside the last key is any of them.
-void transposeKeys(float const* keys, size_t count, size_t headSize, float* panel) noexcept
+template <typename Element>
+void transposeKeys(Element const* keys, size_t count, size_t headSize, float* panel) noexcept
 {
     size_t const whole = headSize - headSize % kLanes;
     for (size_t key = 0; key < count; key += kLanes)
     {
-        float const* rows[kLanes];
+        Element const* rows[kLanes];
         for (size_t i = 0; i < kLanes; ++i)
         {
             rows[i] = keys + (key + i < count ? key + i : count - 1) * headSize;
@@ -158,29 +162,39 @@ void transposeKeys(float const* keys, size_t count, size_t headSize, float* pane
         {
             for (size_t i = 0; i < kLanes; ++i)
             {
-                panel[d * kKeysPerTile + key + i] = rows[i][d];
+                panel[d * kKeysPerTile + key + i] = loadOne(rows[i] + d);
             }
         }
     }
 }
 
-// padded [count, stride] = rows [count, width], zero behind.
-void padRows(float const* rows, size_t count, size_t width, size_t stride, float* padded) noexcept
+// padded [count, stride] = rows [count, width], zero behind. The stride is a multiple of kLanes.
+template <typename Element>
+void padRows(Element const* rows, size_t count, size_t width, size_t stride, float* padded) noexcept
 {
+    size_t const whole = width - width % kLanes;
     for (size_t i = 0; i < count; ++i)
     {
-        for (size_t d = 0; d < stride; ++d)
+        for (size_t d = 0; d < whole; d += kLanes)
         {
-            padded[i * stride + d] = d < width ? rows[i * width + d] : 0;
+            store(padded + i * stride + d, load(rows + i * width + d));
+        }
+        for (size_t d = whole; d < stride; ++d)
+        {
+            padded[i * stride + d] = d < width ? loadOne(rows + i * width + d) : 0;
+        }
+        for (size_t d = 0; d < width; d += kCacheLine / sizeof(Element))
+        {
+            fetchAhead(rows + i * width + d);
         }
     }
 }
 
 // scores [rows, kKeysPerPass] of as many keys as fill whole vectors. headSize is kHeadSize where that is not 0, and a
 // multiple of kLanes. Reads the keys in their order, as the processor foresees it.
-template <size_t kHeadSize>
-void scoreByDots(
-    size_t rows, float const* queries, float const* keys, size_t count, size_t anyHeadSize, float* scores) noexcept
+template <size_t kHeadSize, bool kFetches, typename Element>
+void dots(
+    size_t rows, float const* queries, Element const* keys, size_t count, size_t anyHeadSize, float* scores) noexcept
 {
     size_t const headSize = kHeadSize != 0 ? kHeadSize : anyHeadSize;
     for (size_t key = 0; key < count; key += kLanes)
@@ -191,11 +205,11 @@ void scoreByDots(
             QWENFORGE_UNROLL
             for (size_t i = 0; i < kLanes; ++i)
             {
-                float const* const vector = keys + (key + i < count ? key + i : count - 1) * headSize;
+                Element const* const vector = keys + (key + i < count ? key + i : count - 1) * headSize;
                 products[i] = load(queries + r * headSize) * load(vector);
-                if (r == 0)
+                if (kFetches && r == 0)
                 {
-                    for (size_t d = 0; d < headSize; d += kWidestVector)
+                    for (size_t d = 0; d < headSize; d += kCacheLine / sizeof(Element))
                     {
                         fetchAhead(vector + d);
                     }
@@ -207,6 +221,31 @@ void scoreByDots(
             }
             store(scores + r * kKeysPerPass + key, sumsOf(products));
         }
+    }
+}
+
+template <size_t kHeadSize>
+void scoreByDots(size_t rows, float const* queries, float const* keys, size_t count, size_t headSize, float*,
+    float* scores) noexcept
+{
+    dots<kHeadSize, true>(rows, queries, keys, count, headSize, scores);
+}
+
+// Of several rows, each key becomes float32 once for all of them: in `widened` [kLanes, headSize].
+template <size_t kHeadSize>
+void scoreByDots(size_t rows, float const* queries, Half const* keys, size_t count, size_t headSize, float* widened,
+    float* scores) noexcept
+{
+    if (rows == 1)
+    {
+        dots<kHeadSize, true>(rows, queries, keys, count, headSize, scores);
+        return;
+    }
+    for (size_t key = 0; key < count; key += kLanes)
+    {
+        size_t const block = minimumOf(kLanes, count - key);
+        padRows(keys + key * headSize, block, headSize, headSize, widened);
+        dots<kHeadSize, false>(rows, queries, widened, block, headSize, scores + key);
     }
 }
 

@@ -149,6 +149,7 @@ struct Port
 
 inline constexpr Port kFloat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT};
 inline constexpr Port kOptionalFloat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true};
+inline constexpr Port kHalf{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
 inline constexpr Port kCodes{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
 inline constexpr Port kOptionalCodes{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, true};
 inline constexpr Port kInt32{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32};
@@ -169,5 +170,6 @@ OpDefinition quantizedLinear();
 OpDefinition quantizedGatedMlp();
 OpDefinition quantizedMixtureOfExperts();
 OpDefinition cachedAttention();
+OpDefinition cachedAttentionOfHalves(); // under the same name: ONNX Runtime tells them apart by the types
 
 } // namespace qwenforge::cpu

@@ -113,7 +113,8 @@ public:
     explicit Registration(OrtApi const& api)
         : mApi(api)
     {
-        for (auto const& define : {quantizedLinear, quantizedGatedMlp, quantizedMixtureOfExperts, cachedAttention})
+        for (auto const& define : {quantizedLinear, quantizedGatedMlp, quantizedMixtureOfExperts, cachedAttention,
+                 cachedAttentionOfHalves})
         {
             mOps.push_back(std::make_unique<RegisteredOp>(api, define()));
         }

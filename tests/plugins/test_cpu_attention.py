@@ -48,25 +48,26 @@ def assert_close(measured: dict[str, float]) -> None:
     assert measured["keys"] < FLOAT32_EXACT
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("cache", "threads"), [("float32", 1), ("float32", 2), ("float16", 2)])
 @pytest.mark.parametrize("name", CASES)
-def test_agrees_with_float64_and_appends_in_place(name: str, threads: int, cpu_library: Path) -> None:
+def test_agrees_with_float64_and_appends_in_place(name: str, cache: str, threads: int, cpu_library: Path) -> None:
     """Where no token is, the caches hold NaN: none of it may be read, and all of it has to stay."""
-    case = CASES[name]
+    case = replace(CASES[name], cache=cache)
     inputs = random_inputs(case)
     made = session(cpu_library, model(inputs, case.attributes), threads)
     assert_close(distances(case, inputs, run_in_place(made, inputs)))
 
 
+@pytest.mark.parametrize("cache", ["float32", "float16"])
 @pytest.mark.parametrize(
     "name", ["unequal rows", "prompt", "shares of the keys", "head size 20, several tiles of queries"]
 )
-def test_caches_apart_are_copied_first(name: str, cpu_library: Path) -> None:
-    case = CASES[name]
+def test_caches_apart_are_copied_first(name: str, cache: str, cpu_library: Path) -> None:
+    case = replace(CASES[name], cache=cache)
     inputs = random_inputs(case)
-    given = {cache: inputs[cache].copy() for cache in ("past_key", "past_value")}
+    given = {past: inputs[past].copy() for past in ("past_key", "past_value")}
     assert_close(distances(case, inputs, run_apart(session(cpu_library, model(inputs, case.attributes)), inputs)))
-    assert all(np.array_equal(inputs[cache], given[cache], equal_nan=True) for cache in given)
+    assert all(np.array_equal(inputs[past], given[past], equal_nan=True) for past in given)
 
 
 @pytest.mark.parametrize("name", COMPARABLE)
@@ -92,9 +93,11 @@ def test_every_instruction_set_agrees_with_float64(instruction_set: str, cpu_lib
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     measured = json.loads(finished.stdout)
-    assert measured.keys() == CASES.keys()
-    for found in measured.values():
-        assert_close(found)
+    assert measured.keys() == {"float32", "float16"}
+    for by_case in measured.values():
+        assert by_case.keys() == CASES.keys()
+        for found in by_case.values():
+            assert_close(found)
 
 
 def test_one_session_takes_every_extent(cpu_library: Path) -> None:

@@ -1,6 +1,7 @@
 """One CachedAttention in real ONNX Runtime sessions, com.microsoft's GroupQueryAttention beside it, and float64.
 
-Run as a program, it prints how far every case is from float64: the library reads its instruction set once a process.
+Run as a program, it prints how far every case is from float64, with caches in float32 and in float16: the library reads
+its instruction set once a process.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ class Case:
     given_positions: bool = True
     shift: int = 0
     """What is added to a token's index to make its position."""
+    cache: str = "float32"
+    """The type of keys and values, NumPy's name."""
 
     @property
     def capacity(self) -> int:
@@ -105,7 +108,7 @@ def random_inputs(case: Case, seed: int = 0) -> dict[str, Array]:
     inputs: dict[str, Array] = {"query": random.standard_normal((rows, case.sequence, width), np.float32)}
     for name in ("past_key", "past_value"):
         shape = (rows, case.kv_heads, case.capacity, case.size)
-        inputs[name] = random.standard_normal(shape, np.float32)
+        inputs[name] = random.standard_normal(shape, np.float32).astype(case.cache)
         for row, start in enumerate(case.starts):
             inputs[name][row, :, start:] = np.nan
     inputs["seqlens_k"] = (ends - 1).astype(np.int32)
@@ -133,9 +136,10 @@ def model(
     for name in filter(None, given):
         element = helper.np_dtype_to_tensor_dtype(inputs[name].dtype)
         values.append(helper.make_tensor_value_info(name, element, [None] * inputs[name].ndim))
+    cache = helper.np_dtype_to_tensor_dtype(inputs["past_key"].dtype)
     results = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank)
-        for name, rank in zip(outputs, (3, 4, 4), strict=True)
+        helper.make_tensor_value_info(name, element, [None] * rank)
+        for name, element, rank in zip(outputs, (TensorProto.FLOAT, cache, cache), (3, 4, 4), strict=True)
     ]
     graph = helper.make_graph([node], "attention", values, results)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(operator[1], 1)]
@@ -170,8 +174,8 @@ def run_apart(made: Any, inputs: Mapping[str, Array]) -> Results:
     return Results(*made.run(["output", "present_key", "present_value"], dict(inputs)))
 
 
-def expected(case: Case, inputs: Mapping[str, Array]) -> Results:
-    """In float64, one query after the other, of exactly the keys that it sees."""
+def expected(case: Case, inputs: Mapping[str, Array], stored: Results | None = None) -> Results:
+    """In float64, one query after the other, of exactly the keys that it sees; of those in ``stored`` where given."""
     rows, tokens = len(case.starts), case.sequence
     packed = inputs["query"].astype(np.float64).reshape(rows, tokens, case.heads + 2 * case.kv_heads, case.size)
     queries, keys, values = np.split(packed, [case.heads, case.heads + case.kv_heads], 2)
@@ -186,14 +190,15 @@ def expected(case: Case, inputs: Mapping[str, Array]) -> Results:
     for row, start in enumerate(case.starts):
         for cache, new in zip(caches, (keys, values), strict=True):
             cache[row, :, start : start + tokens] = new[row].swapaxes(0, 1)
+        attended = caches if stored is None else [stored.keys.astype(np.float64), stored.values.astype(np.float64)]
         for token in range(tokens):
             end = start + token + 1
             seen = slice(max(0, end - case.window) if case.window != -1 else 0, end)
             for head in range(case.heads):
                 kv_head = head // (case.heads // case.kv_heads)
-                scores = scale * caches[0][row, kv_head, seen] @ queries[row, token, head]
+                scores = scale * attended[0][row, kv_head, seen] @ queries[row, token, head]
                 weights = np.exp(scores - scores.max())
-                output[row, token, head] = weights @ caches[1][row, kv_head, seen] / weights.sum()
+                output[row, token, head] = weights @ attended[1][row, kv_head, seen] / weights.sum()
     return Results(output.reshape(rows, tokens, -1), *caches)
 
 
@@ -207,10 +212,14 @@ def _turned(heads: Array, cos: Array, sin: Array) -> Array:
 def distances(case: Case, inputs: Mapping[str, Array], found: Results) -> dict[str, float]:
     """Largest errors of the output and of the appended keys, each relative to the largest value.
 
+    Of keys in float16 it is what their rounding to nearest does not explain, and the output is that of the keys as they
+    are stored: of two float16 numbers that are as near, the last bit of a rotation decides.
+
     Raises:
         AssertionError: a value is another one, or the caches are not what they were elsewhere.
     """
-    exact = expected(case, inputs)
+    half = case.cache == "float16"
+    exact = expected(case, inputs, found if half else None)
     for row, start in enumerate(case.starts):
         new = slice(start, start + case.sequence)
         for cache, name in ((found.keys, "past_key"), (found.values, "past_value")):
@@ -218,24 +227,33 @@ def distances(case: Case, inputs: Mapping[str, Array], found: Results) -> dict[s
             assert np.array_equal(
                 kept, np.delete(inputs[name][row], np.arange(new.start, new.stop), 1), equal_nan=True
             ), f"{name}, row {row}"
-        assert np.array_equal(found.values[row, :, new], exact.values[row, :, new].astype(np.float32))
+        assert np.array_equal(found.values[row, :, new], exact.values[row, :, new].astype(case.cache))
     appended = [
         (found.keys[row, :, start : start + case.sequence], exact.keys[row, :, start : start + case.sequence])
         for row, start in enumerate(case.starts)
     ]
     return {
         "output": float(np.abs(found.output - exact.output).max() / np.abs(exact.output).max()),
-        "keys": max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in appended),
+        "keys": max(float((np.abs(a - b) - _rounding(a)).max() / np.abs(b).max()) for a, b in appended),
     }
 
 
+def _rounding(stored: Array) -> Array | float:
+    """By how much rounding to nearest can have moved what was stored."""
+    return np.spacing(np.abs(stored)).astype(np.float64) / 2 if stored.dtype == np.float16 else 0.0
+
+
 def main() -> None:
-    """Prints a JSON object: distances in place by the name of the case."""
+    """Prints a JSON object: distances in place by the type of the caches and the name of the case."""
     library = Path(sys.argv[1])
-    measured = {}
-    for name, case in CASES.items():
-        inputs = random_inputs(case)
-        measured[name] = distances(case, inputs, run_in_place(session(library, model(inputs, case.attributes)), inputs))
+    measured: dict[str, dict[str, dict[str, float]]] = {}
+    for cache in ("float32", "float16"):
+        measured[cache] = {}
+        for name, case in CASES.items():
+            case = replace(case, cache=cache)
+            inputs = random_inputs(case)
+            made = session(library, model(inputs, case.attributes))
+            measured[cache][name] = distances(case, inputs, run_in_place(made, inputs))
     print(json.dumps(measured))
 
 
