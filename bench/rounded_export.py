@@ -50,13 +50,19 @@ class Rounding:
 
 
 def export_rounded(
-    checkpoint: Path, bundle: Path, rounding: Rounding, *, optimized_for: Optimize, kernels: Kernels | None = None
+    checkpoint: Path,
+    bundle: Path,
+    rounding: Rounding,
+    *,
+    optimized_for: Optimize,
+    kernels: Kernels | None = None,
+    cache: Literal["fp32"] | None = None,
 ) -> Path:
     """Write the ort-cpu bundle ``bundle``, in place of one that is there; returns it.
 
-    ``kernels`` are those of an export (:func:`~qwenforge.engine.cpu_kernels.choose_kernels`).
+    ``kernels`` and ``cache`` are those of an export (:func:`~qwenforge.engine.cpu_kernels.choose_kernels`).
     """
-    record = choose_kernels(kernels, target="ort-cpu", dtype="fp32", weight_only=True)
+    record = choose_kernels(kernels, cache=cache, target="ort-cpu", dtype="fp32", weight_only=True)
     assert record is not None
     source = Checkpoint.open(checkpoint)
     traced = trace(source, ir.DataType.FLOAT)
@@ -64,11 +70,12 @@ def export_rounded(
     portable = instantiate(optimize(traced.model, positions=limits.max_length).model, traced, source)
     round_weights(portable, rounding)
     with BundleWriter(bundle) as writer:
-        graphs = lower_quantized(portable, optimized_for, kernels=record.kernels)
+        graphs = lower_quantized(portable, optimized_for, kernels=record.kernels, cache=record.cache)
         saved = save_graphs(graphs, writer.directory)
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)
         facts = bundle_facts(source, graphs.decode, "ort-cpu", "fp32", "copy", limits, None)
+        record = record.model_copy(update={"cache": graphs.cache})
         facts = facts.model_copy(
             update={"ort_cpu": record, "prefill": graphs.record, "session_options": SESSION_OPTIONS}
         )

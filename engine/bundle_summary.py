@@ -114,7 +114,7 @@ def _ort_cuda(record: OrtCudaRecord) -> list[tuple[str, str]]:
 
 def _ort_cpu(record: OrtCpuRecord) -> list[tuple[str, str]]:
     """Whose kernels compute an ort-cpu graph's quantized weights."""
-    return [("kernels", KERNELS_OF[record.kernels]), ("chosen by", record.basis)]
+    return [("kernels", KERNELS_OF[record.kernels]), ("chosen by", record.basis), ("cache", record.cache)]
 
 
 def summarize_engine(record: EngineRecord) -> list[tuple[str, str]]:

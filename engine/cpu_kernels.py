@@ -6,28 +6,51 @@ Runtime's run everywhere; what only they compute is left to them, and what has n
 
 from __future__ import annotations
 
+from typing import Literal
+
 from qwenforge.engine.cpu_library import LIBRARY, cpu_library, find_cpu_library
 from qwenforge.errors import UnsupportedError
-from qwenforge.manifest import Kernels, OrtCpuRecord
+from qwenforge.manifest import CpuCache, Kernels, OrtCpuRecord
 
 _WRITTEN_FOR = ("avx512-vnni", "avx2")
 
 
 def choose_kernels(
-    asked: Kernels | None, *, target: str, dtype: str, weights: str = "copy", weight_only: bool
+    asked: Kernels | None,
+    *,
+    cache: Literal["fp32"] | None = None,
+    target: str,
+    dtype: str,
+    weights: str = "copy",
+    weight_only: bool,
 ) -> OrtCpuRecord | None:
-    """Whose kernels an export is lowered to; None where there is nothing to choose.
+    """Whose kernels an export is lowered to, and the type of its caches; None where there is nothing to choose.
 
     Args:
         asked: ``--kernels``; None for the default.
+        cache: ``--cache``; None for the default, fp16 with our kernels and fp32 with ONNX Runtime's.
         target, dtype: what is exported.
         weights: ``link`` leaves them in the checkpoint's files.
         weight_only: weights are quantized, by the export or by the checkpoint, and activations are not.
 
     Raises:
-        UnsupportedError: ``asked`` for something that has no such choice.
+        UnsupportedError: ``asked`` or ``cache`` for something that has no such choice.
         UserError: ours are asked for and the library is not to be had, or the one that is installed cannot be used.
     """
+    record = _choose(asked, target=target, dtype=dtype, weights=weights, weight_only=weight_only)
+    if record is not None and record.kernels == "qwenforge":
+        chosen: CpuCache = cache or "fp16"
+        return record.model_copy(update={"cache": chosen})
+    if cache is not None:
+        reason = "" if record is None else f", and this export has ONNX Runtime's ({record.basis})"
+        raise UnsupportedError(
+            f"--cache {cache} is for qwenforge's CPU kernels, whose caches are in fp16 otherwise{reason}; leave it out."
+        )
+    return record
+
+
+def _choose(asked: Kernels | None, *, target: str, dtype: str, weights: str, weight_only: bool) -> OrtCpuRecord | None:
+    """The choice of the kernels alone."""
     if target != "ort-cpu" or not weight_only:
         if asked is not None:
             raise UnsupportedError(

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -93,7 +93,8 @@ class ExportReport:
         verification: the comparison with transformers; None when it was turned off.
         lowering: what a TensorRT graph was lowered for; None for other targets.
         ort_cuda: what an ort-cuda graph is made of; None for other targets.
-        ort_cpu: whose kernels compute an ort-cpu graph's quantized weights, and why; None where there was no choice.
+        ort_cpu: whose kernels compute an ort-cpu graph's quantized weights, why, and in which caches; None where
+            there was no choice.
         quantization: how it was quantized and what that cost; None where it was not.
         static_scales: what a quantized checkpoint's scales of activations and caches did; None where none are applied.
         scales_left_out: what of them is not applied, and why, a sentence each.
@@ -132,6 +133,7 @@ def export_checkpoint(
     quantization: QuantizationRequest | None = None,
     static_scales: ScalesRequest | None = None,
     kernels: Kernels | None = None,
+    cache: Literal["fp32"] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export ``checkpoint`` to the bundle folder ``output``.
@@ -154,6 +156,7 @@ def export_checkpoint(
             applied where the target can use them.
         kernels: whose compute quantized weights on ort-cpu, ``qwenforge`` or ``onnxruntime``; by default ours where
             they are installed and made for this processor (:func:`~qwenforge.engine.cpu_kernels.choose_kernels`).
+        cache: ``fp32`` keeps key/value caches in fp32 with our CPU kernels, which have them in fp16 otherwise.
         progress: told what is going on.
 
     Raises:
@@ -202,6 +205,7 @@ def export_checkpoint(
     codes = source.quantized is not None and not source.is_widened and source.quantized.format.weight_format != "fp8"
     ort_cpu = choose_kernels(
         kernels,
+        cache=cache,
         target=target,
         dtype=chosen,
         weights=weights,
@@ -251,6 +255,11 @@ def export_checkpoint(
                         "--kernels qwenforge multiplies unquantized activations, and the checkpoint's static scales "
                         "are to be applied; add --static-scales ignore, or leave --kernels out."
                     )
+                if cache is not None:
+                    raise UnsupportedError(
+                        f"--cache {cache} is for qwenforge's CPU kernels, and the checkpoint's static scales are to be "
+                        "applied, which those do not; add --static-scales ignore, or leave --cache out."
+                    )
                 ort_cpu = None
                 folder = TemporaryDirectory(prefix=f".{Path(output).name}.", dir=Path(output).absolute().parent)
                 scaled = ScaledExport(
@@ -291,8 +300,15 @@ def export_checkpoint(
                 if ours and quantization is None and verify_result:
                     twin = lower(portable.clone(), target)
                 optimized_for = quantization.optimize if quantization is not None else "latency"
-                graphs = lower_quantized(portable, optimized_for, kernels="qwenforge" if ours else "onnxruntime")
+                graphs = lower_quantized(
+                    portable,
+                    optimized_for,
+                    kernels=ort_cpu.kernels if ort_cpu is not None else "onnxruntime",
+                    cache=ort_cpu.cache if ort_cpu is not None else "fp32",
+                )
                 final = graphs.decode
+                if ort_cpu is not None:
+                    ort_cpu = ort_cpu.model_copy(update={"cache": graphs.cache})
             else:
                 final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
         if isinstance(choice, OrtCudaChoice):

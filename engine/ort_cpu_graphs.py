@@ -27,11 +27,12 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from qwenforge import names
 from qwenforge.exporter import weights
 from qwenforge.exporter.data_writer import Progress
 from qwenforge.exporter.external_data import SaveReport, WrittenFile, save_model
 from qwenforge.graph_passes.lower import lower
-from qwenforge.manifest import MODEL_NAME, PREFILL_NAME, Kernels, PrefillRecord
+from qwenforge.manifest import MODEL_NAME, PREFILL_NAME, CpuCache, Kernels, PrefillRecord
 
 Optimize = Literal["latency", "memory"]
 
@@ -63,6 +64,12 @@ class CpuGraphs:
         """The manifest's record of the prefill graph."""
         return PrefillRecord(file=PREFILL_NAME, minimum_tokens=PREFILL_TOKENS) if self.prefill is not None else None
 
+    @property
+    def cache(self) -> CpuCache:
+        """The type of the key/value caches, of which every one has the same."""
+        first = next(value for value in self.decode.graph.inputs if value.name == names.past_key(0))
+        return "fp16" if first.dtype == ir.DataType.FLOAT16 else "fp32"
+
 
 @dataclass(frozen=True)
 class SavedGraphs:
@@ -78,18 +85,23 @@ class SavedGraphs:
 
 
 def lower_quantized(
-    portable: ir.Model, optimize: Optimize = "latency", *, kernels: Kernels = "onnxruntime"
+    portable: ir.Model,
+    optimize: Optimize = "latency",
+    *,
+    kernels: Kernels = "onnxruntime",
+    cache: CpuCache = "fp32",
 ) -> CpuGraphs:
     """Lower ``portable``, a portable model to which a quantization plan was applied; nothing is read.
 
     ``portable`` becomes the decode graph. There is no prefill graph where it would have no product of integers, nor
-    with our kernels, which are fast at both and to which ``optimize`` makes no difference.
+    with our kernels, which are fast at both and to which ``optimize`` makes no difference. ``cache`` is for those: fp16
+    where every attention of the graph is theirs (:attr:`CpuGraphs.cache` tells what came of it).
 
     Raises:
         UnsupportedError: weights are of a format for which ONNX Runtime has no kernel on a CPU.
     """
     if kernels == "qwenforge":
-        return CpuGraphs(lower(portable, "ort-cpu", products="blocks", own_ops=True), None)
+        return CpuGraphs(lower(portable, "ort-cpu", products="blocks", own_ops=True, half_caches=cache == "fp16"), None)
     if optimize == "memory":
         return CpuGraphs(lower(portable, "ort-cpu", products="static"), None)
     prefill = lower(portable.clone(), "ort-cpu", products="integers")

@@ -171,15 +171,21 @@ Kernels = Literal["qwenforge", "onnxruntime"]
 """Whose ops compute an ort-cpu graph's quantized weights, attention included."""
 
 
+CpuCache = Literal["fp16", "fp32"]
+"""The type of an ort-cpu graph's key/value caches; with fp16 ones our kernels compute in fp32."""
+
+
 class OrtCpuRecord(_Part):
     """What a graph of quantized weights for ONNX Runtime on a CPU is made of.
 
     ``kernels`` tells whose ops compute them: those of our library, which the runtime has to register, or ONNX
-    Runtime's own. ``basis`` says what the choice rests on. A bundle without the record has ONNX Runtime's.
+    Runtime's own. ``basis`` says what the choice rests on. ``cache`` is the type of keys and values, which only our
+    kernels have in fp16; a record without it is of fp32. A bundle without the record has ONNX Runtime's.
     """
 
     kernels: Kernels
     basis: str
+    cache: CpuCache = "fp32"
 
 
 class QuantizedSites(_Part):

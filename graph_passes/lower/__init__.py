@@ -23,6 +23,7 @@ def lowering_rules(
     capacity: int | None = None,
     products: Form = "static",
     own_ops: bool = False,
+    half_caches: bool = False,
 ) -> list[FusionPass]:
     """The rules that follow the portable ones for ``target``, in order; for ``portable``, explicit quantization.
 
@@ -34,6 +35,7 @@ def lowering_rules(
         capacity: the static cache capacity for TensorRT; None leaves it symbolic.
         products: the form of products by quantized matrices for ``ort-cpu`` (:mod:`.ort_quantized_linear`).
         own_ops: for ``ort-cpu``, the ops of libqwenforge_cpu.so where they can (:mod:`.cpu_ops`).
+        half_caches: with ``own_ops``, key/value caches in fp16 (:mod:`.cpu_caches`).
 
     Raises:
         UnsupportedError: there is no lowering for ``target``.
@@ -47,7 +49,7 @@ def lowering_rules(
         from qwenforge.graph_passes.lower.ort_cpu import ort_cpu_rules
 
         rules = ort_cpu_rules(weights=weights, products=products)
-        return [*rules, *cpu_op_rules()] if own_ops else rules
+        return [*rules, *cpu_op_rules(half_caches=half_caches)] if own_ops else rules
     if target == ORT_CUDA:
         from qwenforge.graph_passes.lower.ort_cuda import ort_cuda_rules
         from qwenforge.ort_cuda_choice import choose
@@ -72,6 +74,7 @@ def lower(
     capacity: int | None = None,
     products: Form = "static",
     own_ops: bool = False,
+    half_caches: bool = False,
 ) -> ir.Model:
     """Lower a portable model in place and return it; dead nodes, functions and initializers are dropped.
 
@@ -80,7 +83,13 @@ def lower(
     from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
     rules = lowering_rules(
-        target, weights=weights, choice=choice, capacity=capacity, products=products, own_ops=own_ops
+        target,
+        weights=weights,
+        choice=choice,
+        capacity=capacity,
+        products=products,
+        own_ops=own_ops,
+        half_caches=half_caches,
     )
     for rule in rules:
         rule(model)

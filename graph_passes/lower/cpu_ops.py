@@ -29,9 +29,10 @@ _ACTIVATION_GROUP = 16
 """Our kernels take groups of multiples of it."""
 
 
-def cpu_op_rules() -> list[FusionPass]:
-    """What brings our ops into a graph that was lowered for ONNX Runtime's kernels."""
+def cpu_op_rules(*, half_caches: bool = False) -> list[FusionPass]:
+    """What brings our ops, with fp16 caches on demand, into a graph that was lowered for ONNX Runtime's kernels."""
     from qwenforge.graph_passes.lower.cpu_attention import UseCachedAttention
+    from qwenforge.graph_passes.lower.cpu_caches import HalfCaches
     from qwenforge.graph_passes.lower.cpu_experts import UseQuantizedMixtureOfExperts
     from qwenforge.graph_passes.lower.cpu_gated_mlp import UseQuantizedGatedMlp
     from qwenforge.graph_passes.lower.cpu_linear import UseQuantizedLinear
@@ -39,6 +40,7 @@ def cpu_op_rules() -> list[FusionPass]:
 
     return [
         UseCachedAttention(),
+        *([HalfCaches()] if half_caches else []),
         UseQuantizedMixtureOfExperts(),
         UseQuantizedGatedMlp(),
         UseQuantizedLinear(),

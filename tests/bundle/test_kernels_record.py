@@ -23,7 +23,7 @@ def _changed(bundle: Path, **changes: object) -> Path:
 
 
 def test_kernels_are_read_back(tmp_path: Path) -> None:
-    record = OrtCpuRecord(kernels="qwenforge", basis="avx2 here")
+    record = OrtCpuRecord(kernels="qwenforge", basis="avx2 here", cache="fp16")
     assert Bundle.open(write_bundle(tmp_path / "bundle", ort_cpu=record)).manifest.ort_cpu == record
 
 
@@ -32,6 +32,12 @@ def test_bundle_of_an_older_version_has_none(tmp_path: Path) -> None:
     bundle = _changed(write_bundle(tmp_path / "bundle"), ort_cpu=None)
     assert "ort_cpu" not in json.loads((bundle / MANIFEST_NAME).read_text())
     assert Bundle.open(bundle).manifest.ort_cpu is None
+
+
+def test_record_of_an_older_version_is_of_fp32_caches(tmp_path: Path) -> None:
+    bundle = _changed(write_bundle(tmp_path / "bundle"), ort_cpu={"kernels": "qwenforge", "basis": "avx2 here"})
+    record = Bundle.open(bundle).manifest.ort_cpu
+    assert record is not None and record.cache == "fp32"
 
 
 def test_unknown_kernels_are_refused(tmp_path: Path) -> None:

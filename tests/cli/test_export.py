@@ -139,6 +139,8 @@ def test_unusable_checkpoint_is_refused_in_one_sentence(
         (["--dtype", "fp64"], "target ort-cpu does not support dtype fp64", "choose fp32"),
         (["--target", "ort-cuda", "--dtype", "fp32"], "target ort-cuda does not support dtype fp32", "choose bf16"),
         (["--target", "ort-cuda", "--tensorrt", "11.4"], "--tensorrt belongs to --target tensorrt", "leave it out"),
+        (["--cache", "fp32"], "--cache fp32 is for qwenforge's CPU kernels", "leave it out"),
+        (["--cache", "int8"], "--cache goes with --quantize RECIPE", "add it or leave this out"),
         (["--target", "npu"], "unknown target 'npu'", "use ort-cpu or ort-cuda or tensorrt"),
         (["--max-length", "100000"], "--max-length 100000 is beyond the model's 256 positions", "256"),
     ],

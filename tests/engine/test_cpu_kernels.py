@@ -106,10 +106,11 @@ def test_bundle_of_our_kernels_is_judged_says_so_and_runs_like_the_other(name: s
         manifest = Bundle.open(report.bundle, verify="full").manifest
         assert manifest.ort_cpu == report.ort_cpu
         assert report.ort_cpu is not None and report.ort_cpu.kernels == kernels
+        assert report.ort_cpu.cache == ("fp16" if kernels == "qwenforge" else "fp32")
         assert (names.CPU_DOMAIN in domains(report.bundle)) == (kernels == "qwenforge")
         assert (report.bundle / "prefill.onnx").exists() == (kernels == "onnxruntime")
     shown = dict(dict(summarize_bundle(Bundle.open(ours.bundle).manifest))["lowering"])
-    assert shown["kernels"] == "qwenforge's (libqwenforge_cpu.so)"
+    assert shown["kernels"] == "qwenforge's (libqwenforge_cpu.so)" and shown["cache"] == "fp16"
     tokens = list(range(3, 40))
     (found,), (expected,) = (load(report.bundle, threads=2).logits([tokens]) for report in (ours, theirs))
     assert np.linalg.norm(found - expected) < INT8_ACTIVATIONS * np.linalg.norm(expected)
@@ -133,7 +134,7 @@ def test_checkpoint_that_is_quantized_already_is_verified_with_our_kernels(
     assert found is not None and found.method == ("whole-model" if whole else "layer-by-layer")
     assert found.graph_error < 2e-4 < found.max_abs_error, "exact by kernels that round nothing, and ours round"
     assert not list(report.bundle.glob(".verify*"))
-    assert report.ort_cpu is not None and report.ort_cpu.kernels == "qwenforge"
+    assert report.ort_cpu is not None and (report.ort_cpu.kernels, report.ort_cpu.cache) == ("qwenforge", "fp16")
     assert names.CPU_DOMAIN in domains(report.bundle)
 
 
