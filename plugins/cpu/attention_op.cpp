@@ -274,7 +274,8 @@ public:
         float* const values = context.output<float>(2, call.presentShape);
         AttentionPlan const plan(mAttributes, call, workerCount());
         Run run(mAttributes, mKernels, call, plan, output, keys, values);
-        Stages stages(workerCount());
+        size_t const items = call.batch * mAttributes.kvHeads * plan.tiles * plan.shares;
+        Stages stages(std::clamp<size_t>(items, 1, workerCount()));
         run.addStages(stages);
         context.run(stages);
     }
