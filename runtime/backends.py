@@ -44,7 +44,7 @@ class Backend:
         providers: ONNX Runtime's execution providers, the first of which has to be there.
         memory: of caches, logits and the inputs that the graph reads on the device.
         library: of custom ops; None where the graph has none.
-        packs_weights: whether weights are kept in an order of the ops' own, and nearly nothing of the file is read twice.
+        packs_weights: whether the ops keep weights in an order of their own, so that little of the file is read twice.
         captures_decode: whether decode steps are captured as CUDA graphs.
         host: of the inputs that the graph reads on the host.
         cache_types: of caches, as ONNX Runtime spells them.
