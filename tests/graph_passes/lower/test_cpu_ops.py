@@ -22,7 +22,7 @@ from support.cached_decoder import CachedDecoder, random_tokens
 from support.exported_models import DENSE, MIXED, SPARSE
 from support.portable_models import portable_model, random_model
 from support.small_graphs import Array
-from support.tolerances import INT8_ACTIVATIONS
+from support.tolerances import FLOAT32_MODEL, INT8_ACTIVATIONS
 
 LAYERS = 3
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"num_hidden_layers": LAYERS}),
     "qwen3_moe": ("qwen3_moe", {"num_hidden_layers": LAYERS}),
 }
-_ALLOWED = 4 * INT8_ACTIVATIONS
+_ALLOWED = 3 * INT8_ACTIVATIONS
 """Of a whole model: half a dozen products in a row, each with rounded activations."""
 
 
@@ -151,8 +151,12 @@ def test_answers_are_those_of_the_other_graphs(
     other = lower(model.clone(), "ort-cpu", products="blocks") if form == "onnxruntime" else model
     expected = _answers(other, chunks_of_batch=chunks)
     found = _answers(lowered(kind, weight_format, group), chunks_of_batch=chunks)
-    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert 0 < error < _ALLOWED, "of the rounding of activations, and of nothing else"
+    errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    # Of a token that another expert takes after rounding, nothing can be said: of most tokens it can.
+    if form == "portable":
+        assert 0 < np.median(errors) < _ALLOWED, "of the rounding of activations, and of nothing else"
+    else:
+        assert np.median(errors) < FLOAT32_MODEL, "they round alike"
 
 
 def test_one_graph_serves_decode_and_prefill() -> None:
