@@ -3,6 +3,7 @@
 
 #include "cpu/team.h"
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
@@ -40,7 +41,12 @@ struct Sums
 
     void addTo(Stages& stages)
     {
-        stages.add(first.size(), [this](size_t item, size_t) { first[item] += static_cast<long>(item) + 1; });
+        stages.add(first.size(),
+            [this](size_t item, size_t)
+            {
+                std::this_thread::yield(); // so that no thread does them all
+                first[item] += static_cast<long>(item) + 1;
+            });
         stages.add(
             second.size(),
             [this](size_t item, size_t worker) { second[item] += prepared[worker]; },
@@ -72,11 +78,17 @@ void run(size_t items, size_t tasks, size_t threads)
     Stages stages(tasks);
     sums.addTo(stages);
     std::vector<std::thread> team;
+    std::atomic<size_t> started{0};
     for (size_t thread = 0; thread < threads; ++thread)
     {
         team.emplace_back(
-            [&stages, tasks, threads, thread]
+            [&stages, &started, tasks, threads, thread]
             {
+                ++started;
+                while (started < threads)
+                {
+                    std::this_thread::yield();
+                }
                 for (size_t task = thread; task < tasks; task += threads)
                 {
                     stages.work(task);
