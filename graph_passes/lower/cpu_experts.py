@@ -21,7 +21,7 @@ from qwenforge.graph_passes.lower.cpu_gated_mlp import GatedMlp, find_gated_mlp
 from qwenforge.graph_passes.lower.cpu_ops import MICROSOFT, MIXTURE_OF_EXPERTS, block_product, make
 
 _GATE_UP, _DOWN = slice(2, 4), slice(5, 7)
-_GATE_UP_ZERO_POINTS, _DOWN_ZERO_POINTS = 11, 12
+_GATE_UP_ZERO_POINTS, _DOWN_ZERO_POINTS, _ROUTER_WEIGHTS = 11, 12, 14
 
 
 class UseQuantizedMixtureOfExperts(FusionPass):
@@ -40,6 +40,9 @@ class UseQuantizedMixtureOfExperts(FusionPass):
                 continue
             if router is None or router.inputs[0] is not values or weight(router.inputs[1]) is None:
                 self.fail("its logits are not a product of its tokens by a constant", node)
+                continue
+            if not _weights_are_probabilities(node):
+                self.fail("its experts are not weighted by the softmax of its logits", node)
                 continue
             self._replace(model, node, values, router)
 
@@ -85,6 +88,21 @@ class UseQuantizedMixtureOfExperts(FusionPass):
         replace_node(model, last, [moe], moe.outputs)
         _skip_reshapes(moe)
         self.matches += 1
+
+
+def _weights_are_probabilities(experts: ir.Node) -> bool:
+    """Whether a chosen expert's weight is its probability, divided by the chosen ones' sum where it is normalized."""
+    given = _optional(experts, _ROUTER_WEIGHTS)
+    softmax = is_op(given, "Softmax")
+    if given is None:
+        return True
+    normalized = int_attribute(experts, "normalize_routing_weights", 0) == 1
+    return (
+        softmax is not None
+        and softmax.inputs[0] is experts.inputs[1]
+        and int_attribute(softmax, "axis", -1) in (-1, 1)
+        and not normalized
+    )
 
 
 def _optional(node: ir.Node, index: int) -> ir.Value | None:

@@ -7,9 +7,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qwenforge import names
-from qwenforge.graph_passes.infra import FusionPass, int_attribute, is_op, single_consumer
+from qwenforge.graph_passes.infra import FusionPass, int_attribute, is_op, single_consumer, static_dim, weight
 from qwenforge.graph_passes.lower.cpu_ops import EPSILON, MICROSOFT, PROLOGUES, epsilon_of
 
+_BIAS = 3
 _SUM = 3
 
 
@@ -28,9 +29,17 @@ class NormAsPrologue(FusionPass):
             skip = is_op(values, "SkipSimplifiedLayerNormalization", MICROSOFT)
             norm = is_op(values, "RMSNormalization")
             if skip is not None:
-                self._take(model, node, skip, residual=skip.inputs[1], scale=skip.inputs[2])
-            elif norm is not None and int_attribute(norm, "axis", -1) in (-1, 2):
-                self._take(model, node, norm, residual=None, scale=norm.inputs[1])
+                if len(skip.inputs) > _BIAS and skip.inputs[_BIAS] is not None:
+                    self.fail("its sum has a bias too", skip)
+                elif not _is_vector(skip.inputs[2], values) or not _have_equal_shapes(skip):
+                    self.fail("its operands are not of one shape, or its weight is not one constant a column", skip)
+                else:
+                    self._take(model, node, skip, residual=skip.inputs[1], scale=skip.inputs[2])
+            elif norm is not None:
+                if not _is_vector(norm.inputs[1], values) or not _is_of_rows(norm, values):
+                    self.fail("it is not a norm of rows by one constant a column", norm)
+                else:
+                    self._take(model, node, norm, residual=None, scale=norm.inputs[1])
 
     def _take(
         self, model: ir.Model, node: ir.Node, norm: ir.Node, *, residual: ir.Value | None, scale: ir.Value | None
@@ -50,3 +59,25 @@ class NormAsPrologue(FusionPass):
             total.replace_all_uses_with(new, replace_graph_outputs=True)
         model.graph.remove(norm, safe=True)
         self.matches += 1
+
+
+def _is_vector(scale: ir.Value | None, values: ir.Value) -> bool:
+    """Whether the kernels may read the norm's weight when they are made: one constant for each column."""
+    return (
+        scale is not None
+        and weight(scale) is not None
+        and scale.shape is not None
+        and len(scale.shape) == 1
+        and static_dim(scale, 0) == static_dim(values, -1)
+    )
+
+
+def _is_of_rows(norm: ir.Node, values: ir.Value) -> bool:
+    axis = int_attribute(norm, "axis", -1)
+    return axis == -1 or (values.shape is not None and axis == len(values.shape) - 1)
+
+
+def _have_equal_shapes(skip: ir.Node) -> bool:
+    """ONNX Runtime's would repeat a residual of fewer rows."""
+    first, second = skip.inputs[:2]
+    return first is not None and second is not None and first.shape is not None and first.shape == second.shape

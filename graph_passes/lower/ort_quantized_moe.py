@@ -71,12 +71,15 @@ class LowerQuantizedExperts(FusionPass):
         for stored, value, at in ((gate_up, first, 11), (down, second, 12)):
             if stored.zero_points is not None:
                 inputs[at] = add_initializer(model, f"{value.name}.zero_points", stored.zero_points)
-        softmax = ir.node("Softmax", [logits], {"axis": -1}, name=f"{node.name}.probabilities")
-        softmax.outputs[0].name = f"{softmax.name}.output"
-        softmax.outputs[0].shape, softmax.outputs[0].type = logits.shape, logits.type
         normalize = node.attributes["normalize_topk"].as_int()
+        nodes = []
         if not normalize:
+            # Made only where it is wanted: a node outside the graph would keep the logits alive for ever.
+            softmax = ir.node("Softmax", [logits], {"axis": -1}, name=f"{node.name}.probabilities")
+            softmax.outputs[0].name = f"{softmax.name}.output"
+            softmax.outputs[0].shape, softmax.outputs[0].type = logits.shape, logits.type
             inputs[_ROUTER_WEIGHTS] = softmax.outputs[0]
+            nodes.append(softmax)
         experts = ir.node(
             "QMoE",
             inputs,
@@ -95,7 +98,7 @@ class LowerQuantizedExperts(FusionPass):
             domain=MICROSOFT,
             name=node.name,
         )
-        nodes = [experts] if normalize else [softmax, experts]
+        nodes.append(experts)
         replace_node(model, node, [tag(each, self.name) for each in nodes], experts.outputs)
         model.graph.opset_imports[MICROSOFT] = 1
         self.matches += 1

@@ -39,19 +39,19 @@ CacheKernels<Half> const& cacheKernels(AttentionKernels const& kernels, Half con
     return kernels.float16;
 }
 
-size_t padded(size_t headSize) noexcept
+size_t inWholeVectors(size_t floats) noexcept
 {
-    return (headSize + kWidestVector - 1) / kWidestVector * kWidestVector;
+    return (floats + kWidestVector - 1) / kWidestVector * kWidestVector;
 }
 
 size_t partialFloats(size_t rows, size_t headSize) noexcept
 {
-    return rows * (padded(headSize) + kWidestVector + 1);
+    return rows * (inWholeVectors(headSize) + kWidestVector) + inWholeVectors(rows);
 }
 
 PartialAttention partialAt(float* memory, size_t rows, size_t headSize) noexcept
 {
-    float* const weights = memory + rows * padded(headSize);
+    float* const weights = memory + rows * inWholeVectors(headSize);
     return {memory, weights + rows * kWidestVector, weights};
 }
 
@@ -92,27 +92,54 @@ public:
                     append(head, 0, mCall.capacity);
                 });
         }
-        if (mPlan.shares > 1)
-        {
-            mPartials = mMemory.take<float>(heads * mPlan.shares * partialFloats(rowsPerTile(), mCall.headSize));
-        }
+        takeMemory(heads, stages.workers());
         stages.add(heads * mPlan.tiles * mPlan.shares,
-            [this, appendsFirst](size_t item, size_t)
+            [this, appendsFirst](size_t item, size_t worker)
             {
                 size_t const share = item % mPlan.shares;
                 size_t const tile = item / mPlan.shares % mPlan.tiles;
-                attend(item / mPlan.shares / mPlan.tiles, tile, share, !appendsFirst);
+                attend(item / mPlan.shares / mPlan.tiles, tile, share, !appendsFirst, mWorkers[worker]);
             });
         if (mPlan.shares > 1)
         {
-            stages.add(heads, [this](size_t head, size_t) { mergeShares(head); });
+            stages.add(heads,
+                [this](size_t head, size_t) { write(head, 0, mCall.newTokens, mParts + head * mPlan.shares); });
         }
     }
 
 private:
-    size_t rowsPerTile() const noexcept
+    // A worker's own, for one item at a time.
+    struct Workspace
     {
-        return mPlan.tokensPerTile * mAttributes.group();
+        float* queries; // [rows, headSize]
+        float* scratch;
+        PartialAttention whole; // where there are no shares
+    };
+
+    // All of it before the first stage: items must not throw.
+    void takeMemory(size_t heads, size_t workers)
+    {
+        size_t const rows = mPlan.tokensPerTile * mAttributes.group();
+        size_t const floats = partialFloats(rows, mCall.headSize);
+        auto const take = [&](size_t count) { return mMemory.take<float>(count); };
+        float* const queries = take(workers * rows * mCall.headSize);
+        float* const scratch = take(workers * attentionScratch(mCall.headSize));
+        float* const whole = take(workers * floats);
+        mWorkers = mMemory.take<Workspace>(workers);
+        for (size_t i = 0; i < workers; ++i)
+        {
+            mWorkers[i] = {queries + i * rows * mCall.headSize, scratch + i * attentionScratch(mCall.headSize),
+                partialAt(whole + i * floats, rows, mCall.headSize)};
+        }
+        if (mPlan.shares > 1)
+        {
+            float* const partials = take(heads * mPlan.shares * floats);
+            mParts = mMemory.take<PartialAttention>(heads * mPlan.shares);
+            for (size_t i = 0; i < heads * mPlan.shares; ++i)
+            {
+                mParts[i] = partialAt(partials + i * floats, rows, mCall.headSize);
+            }
+        }
     }
 
     size_t cacheStride() const noexcept
@@ -178,7 +205,7 @@ private:
         }
     }
 
-    void attend(size_t head, size_t tile, size_t share, bool appends)
+    void attend(size_t head, size_t tile, size_t share, bool appends, Workspace const& workspace) const noexcept
     {
         size_t const row = head / mAttributes.kvHeads;
         size_t const group = mAttributes.group();
@@ -206,9 +233,6 @@ private:
             append(head, item.keyBegin, item.keyEnd);
         }
 
-        Scratch memory;
-        float* const queries = memory.take<float>(item.rows * headSize);
-        float* const scratch = memory.take<float>(attentionScratch(headSize));
         for (size_t token = 0; token < tokens; ++token)
         {
             Rotation const turn = rotation(row, firstToken + token);
@@ -216,39 +240,23 @@ private:
             {
                 size_t const queryHead = head % mAttributes.kvHeads * group + i;
                 mKernels.float32.rotate(packed(row, firstToken + token, queryHead), turn, headSize, mScale,
-                    queries + (token * group + i) * headSize);
+                    workspace.queries + (token * group + i) * headSize);
             }
         }
-        item.queries = queries;
+        item.queries = workspace.queries;
         if (mPlan.shares > 1)
         {
-            mCaches.attend(item, partialOf(head, share), scratch);
+            mCaches.attend(item, mParts[head * mPlan.shares + share], workspace.scratch);
             return;
         }
-        PartialAttention const whole
-            = partialAt(memory.take<float>(partialFloats(item.rows, headSize)), item.rows, headSize);
-        mCaches.attend(item, whole, scratch);
-        write(row, head, firstToken, tokens, &whole);
+        mCaches.attend(item, workspace.whole, workspace.scratch);
+        write(head, firstToken, tokens, &workspace.whole);
     }
 
-    PartialAttention partialOf(size_t head, size_t share) noexcept
+    // The output of some tokens, from their `mPlan.shares` parts.
+    void write(size_t head, size_t firstToken, size_t tokens, PartialAttention const* parts) const noexcept
     {
-        size_t const floats = partialFloats(rowsPerTile(), mCall.headSize);
-        return partialAt(mPartials + (head * mPlan.shares + share) * floats, rowsPerTile(), mCall.headSize);
-    }
-
-    void mergeShares(size_t head)
-    {
-        std::vector<PartialAttention> parts;
-        for (size_t share = 0; share < mPlan.shares; ++share)
-        {
-            parts.push_back(partialOf(head, share));
-        }
-        write(head / mAttributes.kvHeads, head, 0, mCall.newTokens, parts.data());
-    }
-
-    void write(size_t row, size_t head, size_t firstToken, size_t tokens, PartialAttention const* parts) const noexcept
-    {
+        size_t const row = head / mAttributes.kvHeads;
         size_t const group = mAttributes.group();
         for (size_t token = 0; token < tokens; ++token)
         {
@@ -271,7 +279,8 @@ private:
     float mScale;
     bool mInPlace;
     Scratch mMemory;
-    float* mPartials{nullptr}; // [batch, kvHeads, shares] of partialFloats each
+    Workspace* mWorkers{nullptr};
+    PartialAttention* mParts{nullptr}; // [batch, kvHeads, shares]
 };
 
 template <typename Element>
@@ -292,7 +301,8 @@ public:
         auto* const values = context.output<Element>(2, call.presentShape);
         AttentionPlan const plan(mAttributes, call, workerCount());
         Run<Element> run(mAttributes, mKernels, call, plan, output, keys, values);
-        Stages stages(workerCount());
+        size_t const items = call.batch * mAttributes.kvHeads * plan.tiles * plan.shares;
+        Stages stages(std::clamp<size_t>(items, 1, workerCount()));
         run.addStages(stages);
         context.run(stages);
     }

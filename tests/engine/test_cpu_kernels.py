@@ -17,6 +17,7 @@ from qwenforge.engine.bundle_summary import summarize_bundle
 from qwenforge.engine.cpu_kernels import choose_kernels
 from qwenforge.engine.cpu_library import CpuLibrary
 from qwenforge.engine.export import ExportReport, export_checkpoint
+from qwenforge.engine.inspection import Inspection, inspect_model, read_model
 from qwenforge.engine.ort_cpu_graphs import CpuGraphs, lower_quantized
 from qwenforge.engine.quantization_request import quantization_request
 from qwenforge.engine.static_scales import ScalesRequest
@@ -98,6 +99,10 @@ def domains(bundle: Path) -> set[str]:
     return {node.domain for node in ir.load(bundle / "model.onnx").graph}
 
 
+def inspected(bundle: Path) -> Inspection:
+    return inspect_model(read_model(bundle / "model.onnx"), "model")
+
+
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-qwen2-moe"])
 def test_bundle_of_our_kernels_is_judged_says_so_and_runs_like_the_other(name: str, tmp_path: Path) -> None:
     ours, theirs = (exported(tmp_path / kernels, kernels, name) for kernels in ("qwenforge", "onnxruntime"))
@@ -111,6 +116,10 @@ def test_bundle_of_our_kernels_is_judged_says_so_and_runs_like_the_other(name: s
         assert (report.bundle / "prefill.onnx").exists() == (kernels == "onnxruntime")
     shown = dict(dict(summarize_bundle(Bundle.open(ours.bundle).manifest))["lowering"])
     assert shown["kernels"] == "qwenforge's (libqwenforge_cpu.so)" and shown["cache"] == "fp16"
+    ours_found, theirs_found = (inspected(report.bundle) for report in (ours, theirs))
+    assert ours_found.fused["attention"] == theirs_found.fused["attention"] == 3
+    assert ours_found.fused["mixture of experts"] == theirs_found.fused["mixture of experts"]
+    assert [layer.attention for layer in ours_found.layers] == ["CachedAttention"] * 3
     tokens = list(range(3, 40))
     (found,), (expected,) = (load(report.bundle, threads=2).logits([tokens]) for report in (ours, theirs))
     assert np.linalg.norm(found - expected) < INT8_ACTIVATIONS * np.linalg.norm(expected)

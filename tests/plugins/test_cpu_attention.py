@@ -42,6 +42,20 @@ COMPARABLE = {
 }
 
 
+FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl"],
+}
+
+
+def needs(instruction_set: str, library: Path) -> None:
+    """Skip the test where the processor does not have ``instruction_set``."""
+    best = find_cpu_library(library).instruction_set
+    if not {"baseline": True, "avx2": best != "baseline", "avx512": best == "avx512-vnni"}[instruction_set]:
+        pytest.skip(f"this processor has no {instruction_set}: {best} is its best")
+
+
 def assert_close(measured: dict[str, float]) -> None:
     """Sums of up to some 1500 probabilities and values in another order; a rotation is two products and their sum."""
     assert measured["output"] < FLOAT32_REORDERED
@@ -83,11 +97,9 @@ def test_agrees_with_onnxruntimes_operator(name: str, cpu_library: Path) -> None
         assert np.abs(found - other).max() <= tolerance * np.abs(other).max()
 
 
-@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", FLAGS)
 def test_every_instruction_set_agrees_with_float64(instruction_set: str, cpu_library: Path) -> None:
-    best = find_cpu_library(cpu_library).instruction_set
-    if not {"baseline": True, "avx2": best != "baseline", "avx512": best == "avx512-vnni"}[instruction_set]:
-        pytest.skip(f"this processor has no {instruction_set}: {best} is its best")
+    needs(instruction_set, cpu_library)
     environment = {**os.environ, INSTRUCTION_SET_VARIABLE: instruction_set, "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, "-m", cpu_attention.__name__, cpu_library]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -98,6 +110,21 @@ def test_every_instruction_set_agrees_with_float64(instruction_set: str, cpu_lib
         assert by_case.keys() == CASES.keys()
         for found in by_case.values():
             assert_close(found)
+
+
+@pytest.mark.parametrize("instruction_set", FLAGS)
+def test_kernels_stay_inside_of_their_buffers(instruction_set: str, cpu_library: Path, tmp_path: Path) -> None:
+    """On buffers that end where the last token does; sanitized."""
+    needs(instruction_set, cpu_library)
+    command = ["g++", "-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    command += [f"-I{ROOT / 'plugins'}", f"-DQWENFORGE_ATTENTION=k{instruction_set.capitalize()}Attention"]
+    command += [*FLAGS[instruction_set], str(ROOT / "tests" / "cpp" / "cpu_attention.cpp")]
+    command += [str(ROOT / "plugins" / "cpu" / f"attention_{instruction_set}.cpp"), "-o", str(tmp_path / "checks")]
+    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert compiled.returncode == 0, compiled.stderr
+    finished = subprocess.run([tmp_path / "checks"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert int(finished.stdout) > 10_000
 
 
 def test_one_session_takes_every_extent(cpu_library: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from qwenforge import names
 Array = npt.NDArray[Any]
 
 
-def load_session(model: ir.Model, *, optimize: bool = True, disable_prepacking: bool = False) -> Any:
-    """An ONNX Runtime session of ``model``, its weights inline."""
+def load_session(
+    model: ir.Model, *, optimize: bool = True, disable_prepacking: bool = False, library: Path | None = None
+) -> Any:
+    """An ONNX Runtime session of ``model``, its weights inline, with the custom ops of ``library``."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.intra_op_num_threads = 2
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -73,6 +73,7 @@ CASES = {
     "shares of the keys": Case((1500,), heads=7, kv_heads=1),
     "shares of the keys, of many heads": Case((1500,), heads=12, kv_heads=1),
     "shares of the keys, unequal rows": Case((1100, 3), 2, heads=4, kv_heads=1),
+    "shares of the keys, new tokens in two of them": Case((940,), 90, heads=1, kv_heads=1),
     "shares of a window": Case((1500,), heads=4, kv_heads=1, window=700),
     "prompt": Case((0,), 128),
     "prompts": Case((0, 0), 33, 4, 4),
