@@ -53,7 +53,7 @@ class UseQuantizedMixtureOfExperts(FusionPass):
         if hidden is None or experts is None or rows is None:
             self.fail("the shapes of its weights are not known", node)
             return
-        attributes: dict[str, object] = {
+        attributes: dict[str, int] = {
             "hidden_size": hidden,
             "intermediate_size": rows // 2,
             "num_experts": experts,

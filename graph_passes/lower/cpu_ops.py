@@ -6,6 +6,8 @@ replaces operators by one that computes the same. A form that our kernels do not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from qwenforge import names
@@ -77,7 +79,7 @@ def make(
     model: ir.Model,
     op_type: str,
     inputs: list[ir.Value | None],
-    attributes: dict[str, object],
+    attributes: Mapping[str, int | float | str],
     name: str | None,
     rule: str,
 ) -> ir.Node:
