@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +18,23 @@ BITS = (32, 8, 4)
 OURS = "qwenforge"
 MAX_LENGTH = 2048
 
+_ORT = "ONNX Runtime's kernels"
+
 _ROUNDINGS: dict[int, dict[str, tuple[Rounding, Optimize, Kernels]]] = {
     4: {
-        OURS: (Rounding(4, 128, 4, 128), "latency", "onnxruntime"),
-        f"{OURS}, one graph": (Rounding(4, 128, 4, 128), "memory", "onnxruntime"),
-        f"{OURS}, vocabulary of 8 bits": (Rounding(4, 128, 8, None), "latency", "onnxruntime"),
-        f"{OURS}, group 32, one graph": (Rounding(4, 32, 4, 32), "memory", "onnxruntime"),
-        f"{OURS}, own kernels": (Rounding(4, 128, 4, 128), "latency", "qwenforge"),
-        f"{OURS}, group 32, own kernels": (Rounding(4, 32, 4, 32), "latency", "qwenforge"),
+        OURS: (Rounding(4, 128, 4, 128), "latency", "qwenforge"),
+        f"{OURS}, vocabulary of 8 bits": (Rounding(4, 128, 8, None), "latency", "qwenforge"),
+        f"{OURS}, group 32": (Rounding(4, 32, 4, 32), "latency", "qwenforge"),
+        f"{OURS}, {_ORT}": (Rounding(4, 128, 4, 128), "latency", "onnxruntime"),
+        f"{OURS}, {_ORT}, one graph": (Rounding(4, 128, 4, 128), "memory", "onnxruntime"),
     },
     8: {
-        OURS: (Rounding(8, None, 8, None), "latency", "onnxruntime"),
-        f"{OURS}, one graph": (Rounding(8, None, 8, None), "memory", "onnxruntime"),
-        f"{OURS}, own kernels": (Rounding(8, None, 8, None), "latency", "qwenforge"),
+        OURS: (Rounding(8, None, 8, None), "latency", "qwenforge"),
+        f"{OURS}, {_ORT}": (Rounding(8, None, 8, None), "latency", "onnxruntime"),
+        f"{OURS}, {_ORT}, one graph": (Rounding(8, None, 8, None), "memory", "onnxruntime"),
     },
 }
-"""Our engines, by ONNX Runtime's kernels where they are not said to be by our own.
+"""Our engines, by our own kernels where they are not said to be by ONNX Runtime's.
 
 The vocabulary projection has 4 bits in onnxruntime-genai's int4 graphs, 6 or 8 in llama.cpp's q4_0.
 """
@@ -109,7 +111,8 @@ def _ours(bits: int, builds: Builds, weights: str) -> dict[str, Start]:
         bundles[OURS] = _export(builds.checkpoint, builds.folder / f"qwenforge-{weights}", weights)
     else:
         for name, (rounding, optimized_for, kernels) in _ROUNDINGS[bits].items():
-            target = builds.folder / f"{name.replace(',', '').replace(' ', '-')}-int{bits}"
+            words = re.sub(r"[^\w ]", "", name).replace(" ", "-")
+            target = builds.folder / f"{words}-int{bits}"
             bundles[name] = export_rounded(
                 builds.checkpoint,
                 target,

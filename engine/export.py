@@ -22,7 +22,7 @@ from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.bundle_facts import bundle_facts, generation_config, reference_name, tensor_spec
 from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
 from qwenforge.engine.cpu_kernels import choose_kernels
-from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, lower_quantized, save_graphs
+from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, TWIN_NAME, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.quantization_request import QuantizationRequest, require_device, require_target
 from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
@@ -222,11 +222,13 @@ def export_checkpoint(
         def build() -> ir.Model:
             return instantiate(result.model, traced, source)
 
-        def verified(path: Path) -> VerificationReport:
+        def verified(path: Path, twin: Path | None = None) -> VerificationReport:
             clock.start("verify against transformers")
             tokenizer = source.tokenizer_files.get(TOKENIZER)
             prompts = verification_prompts(tokenizer, source.config.vocab_size, length // 2)
-            return verify(source, path, _DTYPES[chosen], prompts, max_length=length, progress=clock.steps_done)
+            return verify(
+                source, path, _DTYPES[chosen], prompts, max_length=length, twin=twin, progress=clock.steps_done
+            )
 
         report = quantized = outcome = scaled = scaled_outcome = stored_record = None
         usable = UsableScales(None)
@@ -282,10 +284,12 @@ def export_checkpoint(
             portable = quantized.calibrated()
         clock.start("lower")
         capacity = length if tensorrt is not None else None
-        graphs = None
+        graphs = twin = None
         with _naming_dequantize(source):
             ours = ort_cpu is not None and ort_cpu.kernels == "qwenforge"
             if target == "ort-cpu" and (quantization is not None or ours):
+                if ours and quantization is None and verify_result:
+                    twin = lower(portable.clone(), target)
                 optimized_for = quantization.optimize if quantization is not None else "latency"
                 graphs = lower_quantized(portable, optimized_for, kernels="qwenforge" if ours else "onnxruntime")
                 final = graphs.decode
@@ -300,7 +304,7 @@ def export_checkpoint(
             link_checkpoint_files(writer.directory, list(source.weight_files.values())) if weights == "link" else None
         )
         if graphs is not None:
-            both = save_graphs(graphs, writer.directory, progress=clock.bytes_done)
+            both = save_graphs(graphs, writer.directory, twin=twin, progress=clock.bytes_done)
             saved, written = both.decode, [file for file in both.files if file.path.suffix == ".data"]
         else:
             saved = save_model(final, writer.directory / MODEL_NAME, progress=clock.bytes_done, link=links)
@@ -329,7 +333,10 @@ def export_checkpoint(
             scaled_outcome = scaled.judge(writer.directory / MODEL_NAME, applied, {})
             stored_record = judged_record(stored_record, scaled_outcome) if stored_record is not None else None
         elif verify_result:
-            report = verified(writer.directory / MODEL_NAME)
+            place = writer.directory / TWIN_NAME
+            report = verified(writer.directory / MODEL_NAME, place if twin is not None else None)
+            for path in (place, place.with_name(f"{TWIN_NAME}.data")):
+                path.unlink(missing_ok=True)
         clock.start("finish")
         for name, path in source.tokenizer_files.items():
             writer.add_file(path, name)

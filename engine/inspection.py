@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qwenforge import names
 from qwenforge.engine.layer_recognition import LayerMap, recognize_layers
 from qwenforge.engine.weight_kinds import KINDS, weight_kind
 from qwenforge.errors import GraphError
@@ -22,17 +23,27 @@ from qwenforge.exporter.external_data import load_model
 
 _FUSED = {
     "attention": {"GroupQueryAttention", "GroupedQueryAttention", "MultiHeadAttention", "Attention", "TRT_Attention"}
-    | {"QwenForgeAttention", "PagedAttention"},
-    "mixture of experts": {"MixtureOfExperts", "MoE", "QMoE", "QwenForgeMoE"},
+    | {"QwenForgeAttention", "PagedAttention", "CachedAttention"},
+    "mixture of experts": {"MixtureOfExperts", "MoE", "QMoE", "QwenForgeMoE", "QuantizedMixtureOfExperts"},
+    "gated MLP": {"QuantizedGatedMlp"},
     "normalization": {"RMSNormalization", "SimplifiedLayerNormalization", "LayerNormalization"},
     "residual and normalization": {"SkipSimplifiedLayerNormalization", "SkipLayerNormalization"},
     "rotary embedding": {"RotaryEmbedding"},
     "cache update in place": {"TensorScatter", "TRT_KVCacheUpdate"},
     "activation": {"Swish", "QuickGelu", "FastGelu", "Gelu", "BiasGelu"},
     "matrix product": {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits"}
-    | {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul"},
+    | {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QuantizedLinear"},
 }
 """Groups of a report, and the operators counted in each whatever their domain."""
+
+_CODES: dict[str, dict[int, str]] = {
+    "QuantizedLinear": {1: "bits"},
+    "QuantizedGatedMlp": {1: "bits", 4: "bits", 7: "down_bits"},
+    "QuantizedMixtureOfExperts": {2: "bits", 5: "down_bits"}
+    | {8: "shared_bits", 11: "shared_bits", 14: "shared_down_bits"},
+}
+"""Places of packed codes among the inputs of our ops for CPUs, and the attribute with their bits; scales and zero
+points follow each."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ def inspect_model(model: ir.Model, name: str, layers: LayerMap | None = None) ->
         nodes_outside_layers=len(nodes) - sum(layer.nodes for layer in summaries),
         operators=tuple(OperatorCount(*key, count) for key, count in sorted(operators.items(), key=_by_count)),
         functions={f"{key[0]}::{key[1]}": len(list(function)) for key, function in model.functions.items()},
-        fused={group: sum(node.op_type in names for node in nodes) for group, names in _FUSED.items()},
+        fused={group: sum(node.op_type in operators for node in nodes) for group, operators in _FUSED.items()},
         not_fused=tuple(_not_fused(model.graph, nodes)),
         weights=tuple(_group(weights)),
         layers_from=layers.source,
@@ -169,7 +180,7 @@ def _by_count(item: tuple[tuple[str, str], int]) -> tuple[int, tuple[str, str]]:
 def _not_fused(graph: ir.Graph, nodes: list[ir.Node]) -> Iterator[str]:
     """Sentences on what a fusion would have replaced."""
     counts = Counter(node.op_type for node in nodes)
-    fused = {group: sum(counts[name] for name in names) for group, names in _FUSED.items()}
+    fused = {group: sum(counts[name] for name in operators) for group, operators in _FUSED.items()}
     if counts["Softmax"] and not fused["attention"]:
         yield "attention: Softmax, but no attention operator"
     if counts["ReduceMean"]:
@@ -208,6 +219,12 @@ def _type_and_parameters(value: ir.Value, tensor: ir.TensorProtocol) -> tuple[st
             size = (node.attributes[name].as_int() for name in ("K", "N"))
             bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 4
             return f"int{bits} (packed)", math.prod(size)
+        codes = _CODES.get(node.op_type, {}) if node.domain == names.CPU_DOMAIN else {}
+        if position in codes:
+            bits = node.attributes[codes[position]].as_int()
+            return f"int{bits} (packed)", tensor.size * 8 // bits
+        if position - 1 in codes or position - 2 in codes:
+            return f"{_type_name(tensor.dtype)} (scales)", 0
     return _type_name(tensor.dtype), tensor.size
 
 

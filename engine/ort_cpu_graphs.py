@@ -38,6 +38,9 @@ Optimize = Literal["latency", "memory"]
 PREFILL_TOKENS = 16
 """Tokens of a step from which on the prefill graph takes it."""
 
+TWIN_NAME = ".verify-twin.onnx"
+"""The same model by kernels that round no activations, beside the bundle's graphs while those are verified."""
+
 SESSION_OPTIONS = {
     # Two sessions take turns: the threads of the one that is done must not spin beside the other's.
     "session.force_spinning_stop": "1",
@@ -95,11 +98,19 @@ def lower_quantized(
     return CpuGraphs(decode, prefill if faster else None)
 
 
-def save_graphs(graphs: CpuGraphs, folder: Path, *, progress: Progress | None = None) -> SavedGraphs:
+def save_graphs(
+    graphs: CpuGraphs, folder: Path, *, twin: ir.Model | None = None, progress: Progress | None = None
+) -> SavedGraphs:
     """Write ``model.onnx`` and, where there is one, ``prefill.onnx`` into ``folder``, each with its data.
 
     An initializer of the prefill graph that the decode graph has refers to ``model.onnx.data``. The decode graph's
     initializers refer to the written file afterwards.
+
+    Args:
+        graphs: what to write.
+        folder: where.
+        twin: the same model by other kernels, written likewise to ``TWIN_NAME`` for as long as it is compared with.
+        progress: told what is written.
 
     Raises:
         UserError: a file cannot be written or a weight cannot be read.
@@ -107,14 +118,17 @@ def save_graphs(graphs: CpuGraphs, folder: Path, *, progress: Progress | None = 
     values = [value for value in graphs.decode.graph.initializers.values() if value.const_value is not None]
     keys = [weights.plan_key(value.const_value) for value in values if value.const_value is not None]
     decode = save_model(graphs.decode, folder / MODEL_NAME, progress=progress, replace=True)
-    if graphs.prefill is None:
-        return SavedGraphs(decode, None)
     written = dict(zip(keys, (value.const_value for value in values), strict=True))
-    for value in graphs.prefill.graph.initializers.values():
-        if value.const_value is not None:
-            value.const_value = written.get(weights.plan_key(value.const_value)) or value.const_value
     shared: dict[str | os.PathLike[str], str] = (
         {decode.data.path: decode.data.path.name} if decode.data is not None else {}
     )
-    prefill = save_model(graphs.prefill, folder / PREFILL_NAME, progress=progress, link=shared)
-    return SavedGraphs(decode, prefill)
+
+    def save_beside(model: ir.Model, name: str) -> SaveReport:
+        for value in model.graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = written.get(weights.plan_key(value.const_value)) or value.const_value
+        return save_model(model, folder / name, progress=progress, link=shared)
+
+    if twin is not None:
+        save_beside(twin, TWIN_NAME)
+    return SavedGraphs(decode, save_beside(graphs.prefill, PREFILL_NAME) if graphs.prefill is not None else None)

@@ -46,7 +46,7 @@ _NORMS = frozenset(
         "SkipLayerNormalization",
     }
 )
-_EXPERTS = frozenset({"MixtureOfExperts", "MoE", "QMoE", "QwenForgeMoE"})
+_EXPERTS = frozenset({"MixtureOfExperts", "MoE", "QMoE", "QwenForgeMoE", "QuantizedMixtureOfExperts"})
 _SMALL = 16
 
 

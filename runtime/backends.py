@@ -44,6 +44,7 @@ class Backend:
         providers: ONNX Runtime's execution providers, the first of which has to be there.
         memory: of caches, logits and the inputs that the graph reads on the device.
         library: of custom ops; None where the graph has none.
+        packs_weights: whether the ops keep weights in an order of their own, so that little of the file is read twice.
         captures_decode: whether decode steps are captured as CUDA graphs.
         host: of the inputs that the graph reads on the host.
         cache_types: of caches, as ONNX Runtime spells them.
@@ -58,6 +59,7 @@ class Backend:
     cache_types: tuple[str, ...]
     other_dtype: str
     library: Path | None = None
+    packs_weights: bool = False
     captures_decode: bool = False
     host: Memory = field(default_factory=HostMemory)
     session_options: dict[str, str] = field(default_factory=dict)
@@ -81,6 +83,7 @@ def cpu_backend(record: OrtCpuRecord | None = None, *, library: Path | None = No
         cache_types=("tensor(float)", "tensor(float16)"),
         other_dtype="fp32",
         library=find_cpu_library(library).path if ours else None,
+        packs_weights=ours,
         session_options=session_options(),
         # GroupQueryAttention computes the square of a step's tokens, half of which nobody sees: 512 tokens of int8
         # weights take 0.93 of the time in two steps, of fp32 weights the same.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from qwenforge import names
 from qwenforge.errors import BundleError, UserError
-from qwenforge.runtime import huge_pages
+from qwenforge.runtime import huge_pages, mapped_files
 from qwenforge.runtime.backends import Backend, cpu_backend
 from qwenforge.runtime.cache_pool import CachePool
 from qwenforge.runtime.kv_cache import CacheTensor, KeyValueCache
@@ -107,6 +107,8 @@ class GraphSession:
                 self._session = onnxruntime.InferenceSession(
                     str(self.model_path), options, providers=self.backend.providers
                 )
+            if self.backend.packs_weights:
+                mapped_files.give_back(self.model_path.parent)
         # ONNX Runtime's errors have no common base below Exception; the cause stays chained.
         except Exception as error:
             raise BundleError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -53,7 +53,7 @@ class UseQuantizedMixtureOfExperts(FusionPass):
         if hidden is None or experts is None or rows is None:
             self.fail("the shapes of its weights are not known", node)
             return
-        attributes: dict[str, int] = {
+        attributes: dict[str, Any] = {
             "hidden_size": hidden,
             "intermediate_size": rows // 2,
             "num_experts": experts,

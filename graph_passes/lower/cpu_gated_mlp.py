@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -64,7 +64,7 @@ class UseQuantizedGatedMlp(FusionPass):
             found = find_gated_mlp(block_product(node.outputs[0]))
             if found is None:
                 continue
-            attributes: dict[str, int] = {
+            attributes: dict[str, Any] = {
                 "hidden_size": int_attribute(found.gate, "K", 0),
                 "intermediate_size": int_attribute(found.gate, "N", 0),
                 "bits": int_attribute(found.gate, "bits", 0),

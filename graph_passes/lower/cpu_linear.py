@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -35,7 +35,7 @@ class UseQuantizedLinear(FusionPass):
             bias = node.inputs[_BIAS] if len(node.inputs) > _BIAS else None
             addition = single_consumer(node.outputs[0]) if bias is None else None
             added = _bias(addition, node) if addition is not None else None
-            attributes: dict[str, int] = {key: int_attribute(node, key, 0) for key in ("K", "N", "bits", "block_size")}
+            attributes: dict[str, Any] = {key: int_attribute(node, key, 0) for key in ("K", "N", "bits", "block_size")}
             inputs = [node.inputs[0], *matrix(node), added if added is not None else bias]
             linear = make(model, LINEAR, inputs, attributes, node.name, self.name)
             if addition is not None and added is not None:

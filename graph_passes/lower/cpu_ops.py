@@ -6,7 +6,7 @@ replaces operators by one that computes the same. A form that our kernels do not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 
@@ -79,7 +79,7 @@ def make(
     model: ir.Model,
     op_type: str,
     inputs: list[ir.Value | None],
-    attributes: Mapping[str, int | float | str],
+    attributes: dict[str, Any],
     name: str | None,
     rule: str,
 ) -> ir.Node:

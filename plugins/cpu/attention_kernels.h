@@ -10,6 +10,18 @@
 namespace qwenforge::cpu
 {
 
+inline constexpr size_t kKeysPerTile = 64;
+inline constexpr size_t kKeysPerPass = 512;
+inline constexpr size_t kWidestVector = 16; // of floats
+inline constexpr size_t kMostRowsAtOnce = 6;
+inline constexpr size_t kFewRows = 12; // up to here the keys are not worth transposing
+
+// A transposed tile of keys, a padded one of values, and scores.
+constexpr size_t attentionScratch(size_t headSize) noexcept
+{
+    return kKeysPerTile * (2 * headSize + kWidestVector + kMostRowsAtOnce) + kFewRows * kKeysPerPass;
+}
+
 // Tables of cosines and sines [P, half]: dimensions i and half + i of a head turn together, those behind 2 * half stay.
 struct Rotation
 {
@@ -24,7 +36,7 @@ struct PartialAttention
 {
     float* sums;    // [rows, paddedHeadSize]: of probabilities times values
     float* maxima;  // [rows]: of the scores, -inf where a row sees none of the keys
-    float* weights; // [rows]: sums of the probabilities
+    float* weights; // [rows, kWidestVector]: of which the sum is that of the probabilities
 };
 
 // Row number `row` of the queries sees the keys up to `firstPosition + row / group`, of those the last `window`.
@@ -41,17 +53,6 @@ struct AttentionItem
     size_t keyBegin; // the item's share of the keys
     size_t keyEnd;
 };
-
-inline constexpr size_t kKeysPerTile = 64;
-inline constexpr size_t kKeysPerPass = 256;
-inline constexpr size_t kWidestVector = 16; // of floats
-inline constexpr size_t kMostRowsAtOnce = 6;
-
-// A transposed tile of keys, a padded one of values, and scores of one or of a few passes.
-constexpr size_t attentionScratch(size_t headSize) noexcept
-{
-    return kKeysPerTile * (2 * headSize + kWidestVector + kMostRowsAtOnce) + 8 * kKeysPerPass;
-}
 
 struct AttentionKernels
 {

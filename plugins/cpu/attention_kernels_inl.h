@@ -7,187 +7,18 @@
 
 #pragma once
 
-#include "cpu/attention_kernels.h"
-#include "cpu/vectors.h"
+#include "cpu/attention_products.h"
 
 namespace qwenforge::cpu
 {
 namespace
 {
 
-#if defined(__AVX512F__)
-constexpr size_t kColumnsAtOnce = 4; // vectors; of 32 registers 6 * 4 are sums
-#else
-constexpr size_t kColumnsAtOnce = 2; // of 16 registers 6 * 2 are
-#endif
-
-// Up to here, the keys are not worth transposing.
-constexpr size_t kFewRows = 7;
-
 // Of blocks of nearly the same height.
 size_t heightOf(size_t rows) noexcept
 {
     size_t const blocks = (rows + kMostRowsAtOnce - 1) / kMostRowsAtOnce;
     return (rows + blocks - 1) / blocks;
-}
-
-size_t minimumOf(size_t a, size_t b) noexcept
-{
-    return a < b ? a : b;
-}
-
-size_t maximumOf(size_t a, size_t b) noexcept
-{
-    return a > b ? a : b;
-}
-
-// sums [kRows, kColumns vectors] = (kAdds: +=) left [kRows, depth] @ right [depth, kColumns vectors].
-template <size_t kRows, size_t kColumns, bool kAdds>
-void multiplyBlock(float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth, float* sums,
-    size_t sumStride) noexcept
-{
-    Floats block[kRows][kColumns];
-    QWENFORGE_UNROLL
-    for (size_t r = 0; r < kRows; ++r)
-    {
-        QWENFORGE_UNROLL
-        for (size_t c = 0; c < kColumns; ++c)
-        {
-            block[r][c] = kAdds ? load(sums + r * sumStride + c * kLanes) : Floats{};
-        }
-    }
-    for (size_t k = 0; k < depth; ++k)
-    {
-        Floats columns[kColumns];
-        QWENFORGE_UNROLL
-        for (size_t c = 0; c < kColumns; ++c)
-        {
-            columns[c] = load(right + k * rightStride + c * kLanes);
-        }
-        QWENFORGE_UNROLL
-        for (size_t r = 0; r < kRows; ++r)
-        {
-            Floats const factor = broadcast(left[r * leftStride + k]);
-            QWENFORGE_UNROLL
-            for (size_t c = 0; c < kColumns; ++c)
-            {
-                block[r][c] += factor * columns[c];
-            }
-        }
-    }
-    QWENFORGE_UNROLL
-    for (size_t r = 0; r < kRows; ++r)
-    {
-        QWENFORGE_UNROLL
-        for (size_t c = 0; c < kColumns; ++c)
-        {
-            store(sums + r * sumStride + c * kLanes, block[r][c]);
-        }
-    }
-}
-
-template <size_t kRows, bool kAdds>
-void multiplyRows(float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth,
-    size_t vectors, float* sums, size_t sumStride) noexcept
-{
-    size_t column = 0;
-    for (; column + kColumnsAtOnce <= vectors; column += kColumnsAtOnce)
-    {
-        multiplyBlock<kRows, kColumnsAtOnce, kAdds>(
-            left, leftStride, right + column * kLanes, rightStride, depth, sums + column * kLanes, sumStride);
-    }
-    for (; column < vectors; ++column)
-    {
-        multiplyBlock<kRows, 1, kAdds>(
-            left, leftStride, right + column * kLanes, rightStride, depth, sums + column * kLanes, sumStride);
-    }
-}
-
-// At most kMostRowsAtOnce rows.
-template <bool kAdds>
-void multiply(size_t rows, float const* left, size_t leftStride, float const* right, size_t rightStride, size_t depth,
-    size_t vectors, float* sums, size_t sumStride) noexcept
-{
-    using Multiply = void (*)(float const*, size_t, float const*, size_t, size_t, size_t, float*, size_t);
-    static constexpr Multiply byRows[kMostRowsAtOnce] = {multiplyRows<1, kAdds>, multiplyRows<2, kAdds>,
-        multiplyRows<3, kAdds>, multiplyRows<4, kAdds>, multiplyRows<5, kAdds>, multiplyRows<6, kAdds>};
-    byRows[rows - 1](left, leftStride, right, rightStride, depth, vectors, sums, sumStride);
-}
-
-// panel [headSize, kKeysPerTile] = keys [count, headSize] transposed; what stands beside the last key is any of them.
-void transposeKeys(float const* keys, size_t count, size_t headSize, float* panel) noexcept
-{
-    size_t const whole = headSize - headSize % kLanes;
-    for (size_t key = 0; key < count; key += kLanes)
-    {
-        float const* rows[kLanes];
-        for (size_t i = 0; i < kLanes; ++i)
-        {
-            rows[i] = keys + (key + i < count ? key + i : count - 1) * headSize;
-        }
-        for (size_t d = 0; d < whole; d += kLanes)
-        {
-            Floats block[kLanes];
-            QWENFORGE_UNROLL
-            for (size_t i = 0; i < kLanes; ++i)
-            {
-                block[i] = load(rows[i] + d);
-            }
-            transpose(block);
-            QWENFORGE_UNROLL
-            for (size_t i = 0; i < kLanes; ++i)
-            {
-                store(panel + (d + i) * kKeysPerTile + key, block[i]);
-            }
-        }
-        for (size_t d = whole; d < headSize; ++d)
-        {
-            for (size_t i = 0; i < kLanes; ++i)
-            {
-                panel[d * kKeysPerTile + key + i] = rows[i][d];
-            }
-        }
-    }
-}
-
-// padded [count, stride] = rows [count, width], zero behind.
-void padRows(float const* rows, size_t count, size_t width, size_t stride, float* padded) noexcept
-{
-    for (size_t i = 0; i < count; ++i)
-    {
-        for (size_t d = 0; d < stride; ++d)
-        {
-            padded[i * stride + d] = d < width ? rows[i * width + d] : 0;
-        }
-    }
-}
-
-// scores [rows, kKeysPerPass] of as many keys as fill whole vectors. headSize is kHeadSize where that is not 0, and a
-// multiple of kLanes. Reads the keys in their order, as the processor foresees it.
-template <size_t kHeadSize>
-void scoreByDots(
-    size_t rows, float const* queries, float const* keys, size_t count, size_t anyHeadSize, float* scores) noexcept
-{
-    size_t const headSize = kHeadSize != 0 ? kHeadSize : anyHeadSize;
-    for (size_t key = 0; key < count; key += kLanes)
-    {
-        for (size_t r = 0; r < rows; ++r)
-        {
-            Floats products[kLanes];
-            QWENFORGE_UNROLL
-            for (size_t i = 0; i < kLanes; ++i)
-            {
-                float const* const vector = keys + (key + i < count ? key + i : count - 1) * headSize;
-                products[i] = load(queries + r * headSize) * load(vector);
-                QWENFORGE_UNROLL
-                for (size_t d = kLanes; d < headSize; d += kLanes)
-                {
-                    products[i] += load(queries + r * headSize + d) * load(vector + d);
-                }
-            }
-            store(scores + r * kKeysPerPass + key, sumsOf(products));
-        }
-    }
 }
 
 // The keys of a tile that a row sees, counted from the tile's first.
@@ -197,56 +28,74 @@ struct Range
     size_t end;
 };
 
-// The scores that row number `row` sees become probabilities, of a maximum that may rise: then what was summed before
-// shrinks.
+// A row's maximum rises to that of its scores: what was summed before shrinks.
+void raiseMaximum(Floats largest, size_t row, PartialAttention const& result, size_t vectors) noexcept
+{
+    float& maximum = result.maxima[row];
+    if (!anyLarger(largest, broadcast(maximum)))
+    {
+        return;
+    }
+    float const raised = largestOf(larger(largest, broadcast(maximum)));
+    if (maximum != -kInfinity)
+    {
+        float const shrink = exponential2(maximum - raised);
+        float* const weights = result.weights + row * kWidestVector;
+        store(weights, load(weights) * shrink);
+        float* const sums = result.sums + row * vectors * kLanes;
+        for (size_t i = 0; i < vectors; ++i)
+        {
+            store(sums + i * kLanes, load(sums + i * kLanes) * shrink);
+        }
+    }
+    maximum = raised;
+}
+
+// Scores become probabilities, `count` vectors; kCount of them where that is not 0, which stay in registers.
+template <size_t kCount>
+void addVectors(
+    float* scores, size_t anyCount, size_t row, PartialAttention const& result, size_t vectors) noexcept
+{
+    size_t const count = kCount != 0 ? kCount : anyCount;
+    Floats largest = load(scores);
+    for (size_t i = 1; i < count; ++i)
+    {
+        largest = larger(load(scores + i * kLanes), largest);
+    }
+    raiseMaximum(largest, row, result, vectors);
+    // Scores of -inf alone are no numbers after the subtraction of themselves.
+    float const maximum = result.maxima[row];
+    Floats const origin = broadcast(maximum == -kInfinity ? 0.0F : maximum);
+    Floats total = load(result.weights + row * kWidestVector);
+    for (size_t i = 0; i < count; ++i)
+    {
+        Floats const probabilities = exponential2(load(scores + i * kLanes) - origin);
+        store(scores + i * kLanes, probabilities);
+        total += probabilities;
+    }
+    store(result.weights + row * kWidestVector, total);
+}
+
+// The scores that row number `row` sees become probabilities.
 void addScores(float* scores, Range range, size_t row, PartialAttention const& result, size_t vectors) noexcept
 {
     if (range.begin >= range.end)
     {
         return;
     }
-    float& maximum = result.maxima[row];
-    float& weight = result.weights[row];
-    float* const sums = result.sums + row * vectors * kLanes;
-    size_t const first = range.begin / kLanes;
-    size_t const last = (range.end + kLanes - 1) / kLanes;
-    if (range.begin % kLanes != 0 || range.end % kLanes != 0)
+    size_t const first = range.begin / kLanes * kLanes;
+    size_t const last = vectorsOf(range.end) * kLanes;
+    for (size_t i = first; i < range.begin; ++i)
     {
-        for (size_t i = first * kLanes; i < range.begin; ++i)
-        {
-            scores[i] = -kInfinity;
-        }
-        for (size_t i = range.end; i < last * kLanes; ++i)
-        {
-            scores[i] = -kInfinity;
-        }
+        scores[i] = -kInfinity;
     }
-    Floats largest = broadcast(maximum);
-    for (size_t i = first; i < last; ++i)
+    for (size_t i = range.end; i < last; ++i)
     {
-        largest = larger(load(scores + i * kLanes), largest);
+        scores[i] = -kInfinity;
     }
-    float const raised = largestOf(largest);
-    if (raised > maximum)
-    {
-        float const shrink = exponential2(maximum - raised);
-        maximum = raised;
-        weight *= shrink;
-        for (size_t i = 0; i < vectors; ++i)
-        {
-            store(sums + i * kLanes, load(sums + i * kLanes) * shrink);
-        }
-    }
-    // Scores of -inf alone are no numbers after the subtraction of themselves.
-    Floats const origin = broadcast(maximum == -kInfinity ? 0.0F : maximum);
-    Floats total{};
-    for (size_t i = first; i < last; ++i)
-    {
-        Floats const probabilities = exponential2(load(scores + i * kLanes) - origin);
-        store(scores + i * kLanes, probabilities);
-        total += probabilities;
-    }
-    weight += sumOf(total);
+    size_t const count = (last - first) / kLanes;
+    constexpr size_t kWhole = kKeysPerTile / kLanes;
+    (count == kWhole ? addVectors<kWhole> : addVectors<0>)(scores + first, count, row, result, vectors);
 }
 
 // sums [rows, vectors] += probabilities [rows, scoreStride] @ values, each row of those that it sees. At most
@@ -285,11 +134,6 @@ Range seen(AttentionItem const& item, size_t row, size_t begin, size_t end) noex
     size_t const first = behind > item.window ? behind - item.window : 0;
     size_t const from = minimumOf(maximumOf(first, begin), end);
     return {from - begin, maximumOf(minimumOf(behind, end), from) - begin};
-}
-
-size_t vectorsOf(size_t headSize) noexcept
-{
-    return (headSize + kLanes - 1) / kLanes;
 }
 
 // Few queries: the keys as they are, in long passes, since fetching them takes longer than the arithmetic.
@@ -381,7 +225,7 @@ void attend(AttentionItem const& item, PartialAttention const& result, float* sc
     for (size_t r = 0; r < item.rows; ++r)
     {
         result.maxima[r] = -kInfinity;
-        result.weights[r] = 0;
+        store(result.weights + r * kWidestVector, Floats{});
     }
     Range const keys{item.keyBegin + seen(item, 0, item.keyBegin, item.keyEnd).begin,
         item.keyBegin + seen(item, item.rows - 1, item.keyBegin, item.keyEnd).end};
@@ -395,33 +239,33 @@ void attend(AttentionItem const& item, PartialAttention const& result, float* sc
     }
 }
 
-void merge(PartialAttention const* parts, size_t count, size_t row, size_t headSize, float* output)
+void merge(PartialAttention const* parts, size_t count, size_t row, size_t headSize, float* __restrict output)
 {
-    size_t const stride = (headSize + kLanes - 1) / kLanes * kLanes;
     float maximum = -kInfinity;
     for (size_t i = 0; i < count; ++i)
     {
         maximum = parts[i].maxima[row] > maximum ? parts[i].maxima[row] : maximum;
     }
-    float weight = 0;
+    auto const shareOf = [&](size_t i)
+    { return parts[i].maxima[row] == maximum ? 1.0F : exponential2(parts[i].maxima[row] - maximum); };
+    Floats weights{};
     for (size_t i = 0; i < count; ++i)
     {
-        float const share = parts[i].maxima[row] == maximum ? 1.0F : exponential2(parts[i].maxima[row] - maximum);
-        float const* const sums = parts[i].sums + row * stride;
-        weight += share * parts[i].weights[row];
+        weights += shareOf(i) * load(parts[i].weights + row * kWidestVector);
+    }
+    float const weight = sumOf(weights);
+    for (size_t i = 0; i < count; ++i)
+    {
+        float const share = shareOf(i) / weight;
+        float const* const sums = parts[i].sums + row * vectorsOf(headSize) * kLanes;
         for (size_t d = 0; d < headSize; ++d)
         {
             output[d] = i == 0 ? share * sums[d] : output[d] + share * sums[d];
         }
     }
-    float const factor = 1 / weight;
-    for (size_t d = 0; d < headSize; ++d)
-    {
-        output[d] *= factor;
-    }
 }
 
-void rotate(float const* head, Rotation const& rotation, size_t headSize, float factor, float* turned)
+void rotate(float const* head, Rotation const& rotation, size_t headSize, float factor, float* __restrict turned)
 {
     size_t const half = rotation.half;
     for (size_t i = 0; i < half; ++i)

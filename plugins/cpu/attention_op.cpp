@@ -3,6 +3,7 @@
 #include "cpu/attention.h"
 #include "cpu/attention_kernels.h"
 #include "cpu/instruction_set.h"
+#include "cpu/scratch.h"
 
 #include <algorithm>
 #include <cmath>
@@ -28,31 +29,20 @@ AttentionKernels const& kernelsOf(InstructionSet set) noexcept
     return kBaselineAttention;
 }
 
-// A thread's own memory, kept between calls: at the end of an item nothing in it is wanted any more.
-float* threadMemory(size_t floats)
+size_t inWholeVectors(size_t floats) noexcept
 {
-    thread_local std::vector<float> memory;
-    if (memory.size() < floats)
-    {
-        memory.resize(floats);
-    }
-    return memory.data();
-}
-
-size_t padded(size_t headSize) noexcept
-{
-    return (headSize + kWidestVector - 1) / kWidestVector * kWidestVector;
+    return (floats + kWidestVector - 1) / kWidestVector * kWidestVector;
 }
 
 size_t partialFloats(size_t rows, size_t headSize) noexcept
 {
-    return rows * (padded(headSize) + 2);
+    return rows * (inWholeVectors(headSize) + kWidestVector) + inWholeVectors(rows);
 }
 
 PartialAttention partialAt(float* memory, size_t rows, size_t headSize) noexcept
 {
-    float* const maxima = memory + rows * padded(headSize);
-    return {memory, maxima, maxima + rows};
+    float* const weights = memory + rows * inWholeVectors(headSize);
+    return {memory, weights + rows * kWidestVector, weights};
 }
 
 // One call, while its stages run.
@@ -88,27 +78,54 @@ public:
                     append(head, 0, mCall.capacity);
                 });
         }
-        if (mPlan.shares > 1)
-        {
-            mPartials.resize(heads * mPlan.shares * partialFloats(rowsPerTile(), mCall.headSize));
-        }
+        takeMemory(heads, stages.workers());
         stages.add(heads * mPlan.tiles * mPlan.shares,
-            [this, appendsFirst](size_t item, size_t)
+            [this, appendsFirst](size_t item, size_t worker)
             {
                 size_t const share = item % mPlan.shares;
                 size_t const tile = item / mPlan.shares % mPlan.tiles;
-                attend(item / mPlan.shares / mPlan.tiles, tile, share, !appendsFirst);
+                attend(item / mPlan.shares / mPlan.tiles, tile, share, !appendsFirst, mWorkers[worker]);
             });
         if (mPlan.shares > 1)
         {
-            stages.add(heads, [this](size_t head, size_t) { mergeShares(head); });
+            stages.add(heads,
+                [this](size_t head, size_t) { write(head, 0, mCall.newTokens, mParts + head * mPlan.shares); });
         }
     }
 
 private:
-    size_t rowsPerTile() const noexcept
+    // A worker's own, for one item at a time.
+    struct Workspace
     {
-        return mPlan.tokensPerTile * mAttributes.group();
+        float* queries; // [rows, headSize]
+        float* scratch;
+        PartialAttention whole; // where there are no shares
+    };
+
+    // All of it before the first stage: items must not throw.
+    void takeMemory(size_t heads, size_t workers)
+    {
+        size_t const rows = mPlan.tokensPerTile * mAttributes.group();
+        size_t const floats = partialFloats(rows, mCall.headSize);
+        auto const take = [&](size_t count) { return mMemory.take<float>(count); };
+        float* const queries = take(workers * rows * mCall.headSize);
+        float* const scratch = take(workers * attentionScratch(mCall.headSize));
+        float* const whole = take(workers * floats);
+        mWorkers = mMemory.take<Workspace>(workers);
+        for (size_t i = 0; i < workers; ++i)
+        {
+            mWorkers[i] = {queries + i * rows * mCall.headSize, scratch + i * attentionScratch(mCall.headSize),
+                partialAt(whole + i * floats, rows, mCall.headSize)};
+        }
+        if (mPlan.shares > 1)
+        {
+            float* const partials = take(heads * mPlan.shares * floats);
+            mParts = mMemory.take<PartialAttention>(heads * mPlan.shares);
+            for (size_t i = 0; i < heads * mPlan.shares; ++i)
+            {
+                mParts[i] = partialAt(partials + i * floats, rows, mCall.headSize);
+            }
+        }
     }
 
     size_t cacheStride() const noexcept
@@ -172,7 +189,7 @@ private:
         }
     }
 
-    void attend(size_t head, size_t tile, size_t share, bool appends)
+    void attend(size_t head, size_t tile, size_t share, bool appends, Workspace const& workspace) const noexcept
     {
         size_t const row = head / mAttributes.kvHeads;
         size_t const group = mAttributes.group();
@@ -200,10 +217,6 @@ private:
             append(head, item.keyBegin, item.keyEnd);
         }
 
-        size_t const scratch = attentionScratch(headSize);
-        size_t const partial = partialFloats(item.rows, headSize);
-        float* const memory = threadMemory(scratch + item.rows * headSize + partial);
-        float* const queries = memory + scratch;
         for (size_t token = 0; token < tokens; ++token)
         {
             Rotation const turn = rotation(row, firstToken + token);
@@ -211,38 +224,23 @@ private:
             {
                 size_t const queryHead = head % mAttributes.kvHeads * group + i;
                 mKernels.rotate(packed(row, firstToken + token, queryHead), turn, headSize, mScale,
-                    queries + (token * group + i) * headSize);
+                    workspace.queries + (token * group + i) * headSize);
             }
         }
-        item.queries = queries;
+        item.queries = workspace.queries;
         if (mPlan.shares > 1)
         {
-            mKernels.attend(item, partialOf(head, share), memory);
+            mKernels.attend(item, mParts[head * mPlan.shares + share], workspace.scratch);
             return;
         }
-        PartialAttention const whole = partialAt(queries + item.rows * headSize, item.rows, headSize);
-        mKernels.attend(item, whole, memory);
-        write(row, head, firstToken, tokens, &whole);
+        mKernels.attend(item, workspace.whole, workspace.scratch);
+        write(head, firstToken, tokens, &workspace.whole);
     }
 
-    PartialAttention partialOf(size_t head, size_t share) noexcept
+    // The output of some tokens, from their `mPlan.shares` parts.
+    void write(size_t head, size_t firstToken, size_t tokens, PartialAttention const* parts) const noexcept
     {
-        size_t const floats = partialFloats(rowsPerTile(), mCall.headSize);
-        return partialAt(mPartials.data() + (head * mPlan.shares + share) * floats, rowsPerTile(), mCall.headSize);
-    }
-
-    void mergeShares(size_t head)
-    {
-        std::vector<PartialAttention> parts;
-        for (size_t share = 0; share < mPlan.shares; ++share)
-        {
-            parts.push_back(partialOf(head, share));
-        }
-        write(head / mAttributes.kvHeads, head, 0, mCall.newTokens, parts.data());
-    }
-
-    void write(size_t row, size_t head, size_t firstToken, size_t tokens, PartialAttention const* parts) const noexcept
-    {
+        size_t const row = head / mAttributes.kvHeads;
         size_t const group = mAttributes.group();
         for (size_t token = 0; token < tokens; ++token)
         {
@@ -263,7 +261,9 @@ private:
     float* mValues;
     float mScale;
     bool mInPlace;
-    std::vector<float> mPartials; // [batch, kvHeads, shares] of partialFloats each
+    Scratch mMemory;
+    Workspace* mWorkers{nullptr};
+    PartialAttention* mParts{nullptr}; // [batch, kvHeads, shares]
 };
 
 class CachedAttention : public Kernel
@@ -281,13 +281,10 @@ public:
         float* const output = context.output<float>(0, call.outputShape);
         float* const keys = context.output<float>(1, call.presentShape);
         float* const values = context.output<float>(2, call.presentShape);
-        if (output == nullptr || keys == nullptr || values == nullptr)
-        {
-            throw Refusal("an output is left out: all three, output, present_key and present_value, have to be named");
-        }
         AttentionPlan const plan(mAttributes, call, workerCount());
         Run run(mAttributes, mKernels, call, plan, output, keys, values);
-        Stages stages(workerCount());
+        size_t const items = call.batch * mAttributes.kvHeads * plan.tiles * plan.shares;
+        Stages stages(std::clamp<size_t>(items, 1, workerCount()));
         run.addStages(stages);
         context.run(stages);
     }

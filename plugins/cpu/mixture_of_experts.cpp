@@ -237,17 +237,19 @@ private:
                 size_t const first = item % parts * columns;
                 mProducts.dot(work.hidden + token * mDepth, mRouter.data() + first * mDepth,
                     std::min(columns, mExperts - first), mDepth, work.logits + token * mExperts + first);
+                if (parts == 1)
+                {
+                    choose(token, work);
+                }
             });
         stages.add(1,
-            [this, &work](size_t, size_t)
+            [this, &work, parts](size_t, size_t)
             {
-                route(work.logits, work.count, mExperts, mChosen, mNormalize, work.routing);
-                for (size_t token = 0; mShared && token < work.count; ++token)
+                for (size_t token = 0; parts > 1 && token < work.count; ++token)
                 {
-                    float by = 0;
-                    mProducts.dot(work.hidden + token * mDepth, mSharedWeight.data, 1, mDepth, &by);
-                    work.sharedBy[token] = 1.0f / (1.0f + std::exp(-by));
+                    choose(token, work);
                 }
+                groupPairs(mExperts, mChosen, work.routing);
                 for (size_t pair = 0; work.few && pair < work.routing.pairs; ++pair)
                 {
                     copyRow(work.tokens, work.routing.tokens[pair], work.pairs, pair);
@@ -257,6 +259,18 @@ private:
         {
             stages.add(work.routing.pairs,
                 [&work](size_t pair, size_t) { copyRow(work.tokens, work.routing.tokens[pair], work.pairs, pair); });
+        }
+    }
+
+    // The token's experts, and how much it takes of the shared one.
+    void choose(size_t token, Work const& work) const noexcept
+    {
+        chooseExperts(work.logits + token * mExperts, token, mExperts, mChosen, mNormalize, work.routing);
+        if (mShared)
+        {
+            float by = 0;
+            mProducts.dot(work.hidden + token * mDepth, mSharedWeight.data, 1, mDepth, &by);
+            work.sharedBy[token] = 1.0f / (1.0f + std::exp(-by));
         }
     }
 

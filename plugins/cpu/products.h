@@ -21,14 +21,16 @@ struct QuantizedRows
 // One tile of a QuantizedMatrix and how to read it (quantized_matrix.h).
 struct Tile
 {
-    uint8_t const* data;
-    size_t groupBytes;
-    size_t codeBytes;
+    uint8_t const* codes;
+    size_t codeStride; // from group to group
+    size_t codeBytes;  // of a group
+    uint8_t const* scales;
+    size_t scaleStride;
     size_t scaleBytes;
     int32_t bits;
     bool hasHalfScales;
-    bool hasOffsets;
-    uint8_t const* next; // the tile that this thread will probably read then
+    bool hasOffsets;     // behind the scales of each group
+    uint8_t const* next; // the codes that this thread will probably read then
 };
 
 struct Products

@@ -48,9 +48,9 @@ void multiplyBlock(Tile const& tile, QuantizedRows const& rows, size_t first, fl
     __m256 totals[Count][kVectors]{};
     for (size_t group = 0; group < rows.groups; ++group)
     {
-        uint8_t const* const codes = tile.data + group * tile.groupBytes;
+        uint8_t const* const codes = tile.codes + group * tile.codeStride;
         // While a group is multiplied the one behind it is fetched, behind the last one the next tile's first.
-        uint8_t const* const ahead = group + 1 < rows.groups ? codes + tile.groupBytes : tile.next;
+        uint8_t const* const ahead = group + 1 < rows.groups ? codes + tile.codeStride : tile.next;
         int8_t const* activations[Count];
         __m256i sums[Count][kVectors];
         for (size_t r = 0; r < Count; ++r)
@@ -91,7 +91,7 @@ void multiplyBlock(Tile const& tile, QuantizedRows const& rows, size_t first, fl
                 }
             }
         }
-        uint8_t const* const scales = codes + tile.codeBytes;
+        uint8_t const* const scales = tile.scales + group * tile.scaleStride;
         float const* const offsets = reinterpret_cast<float const*>(scales + tile.scaleBytes);
         for (size_t r = 0; r < Count; ++r)
         {

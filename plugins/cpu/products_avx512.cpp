@@ -111,7 +111,7 @@ void multiplyBlock(Tile const& tile, uint8_t const* codes, size_t codeStride, in
         uint8_t const* ahead = group + 1 < rows.groups ? weights + codeStride : tile.next;
         if constexpr (Count <= 4)
         {
-            for (size_t at = tile.codeBytes; at < tile.groupBytes; at += 64)
+            for (size_t at = tile.codeBytes; at < tile.codeStride; at += 64)
             {
                 _mm_prefetch(reinterpret_cast<char const*>(ahead) + at, _MM_HINT_T0);
             }
@@ -148,7 +148,7 @@ void multiplyBlock(Tile const& tile, uint8_t const* codes, size_t codeStride, in
                     forEach<(Count + 2) / 3>([&](auto i) QWENFORGE_INLINE { pointers[i] += 4; });
                 });
         }
-        uint8_t const* const scales = tile.data + group * tile.groupBytes + tile.codeBytes;
+        uint8_t const* const scales = tile.scales + group * tile.scaleStride;
         float const* const offsets = reinterpret_cast<float const*>(scales + tile.scaleBytes);
         __m512 const scaleLow = tile.hasHalfScales ? ofHalves(scales) : _mm512_loadu_ps(scales);
         __m512 const scaleHigh = tile.hasHalfScales ? ofHalves(scales + 32) : _mm512_loadu_ps(scales + 64);
@@ -215,19 +215,19 @@ void byTile(Tile const& tile, QuantizedRows const& activations, size_t count, fl
 {
     if (tile.bits == 8)
     {
-        multiplyRows<8>(tile, tile.data, tile.groupBytes, 128, activations, count, out, stride);
+        multiplyRows<8>(tile, tile.codes, tile.codeStride, 128, activations, count, out, stride);
         return;
     }
     if (count < kRowsUnpacked)
     {
-        multiplyRows<4>(tile, tile.data, tile.groupBytes, 8, activations, count, out, stride);
+        multiplyRows<4>(tile, tile.codes, tile.codeStride, 8, activations, count, out, stride);
         return;
     }
     __m512i const mask = _mm512_set1_epi8(0xF);
     size_t const unpackedBytes = activations.groupSize * kColumns;
     for (size_t group = 0; group < activations.groups; ++group)
     {
-        uint8_t const* const source = tile.data + group * tile.groupBytes;
+        uint8_t const* const source = tile.codes + group * tile.codeStride;
         uint8_t* const target = scratch + group * unpackedBytes;
         for (size_t at = 0; at < tile.codeBytes; at += 64)
         {

@@ -31,7 +31,7 @@ void multiplyRow(Tile const& tile, QuantizedRows const& rows, size_t row, float*
     float totals[kColumns]{};
     for (size_t group = 0; group < rows.groups; ++group)
     {
-        uint8_t const* const codes = tile.data + group * tile.groupBytes;
+        uint8_t const* const codes = tile.codes + group * tile.codeStride;
         int8_t const* const activations = rows.codes + (row * rows.groups + group) * rows.groupSize;
         int32_t const sum = rows.sums[row * rows.groups + group];
         float const scale = rows.scales[row * rows.groups + group];
@@ -47,9 +47,9 @@ void multiplyRow(Tile const& tile, QuantizedRows const& rows, size_t row, float*
                 sums[column] += multiply<Bits>(codes + step * kStepBytes, column, activations + 4 * step);
             }
         }
-        float const* const scales = reinterpret_cast<float const*>(codes + tile.codeBytes);
-        uint16_t const* const halves = reinterpret_cast<uint16_t const*>(codes + tile.codeBytes);
-        float const* const offsets = reinterpret_cast<float const*>(codes + tile.codeBytes + tile.scaleBytes);
+        float const* const scales = reinterpret_cast<float const*>(tile.scales + group * tile.scaleStride);
+        uint16_t const* const halves = reinterpret_cast<uint16_t const*>(tile.scales + group * tile.scaleStride);
+        float const* const offsets = reinterpret_cast<float const*>(tile.scales + group * tile.scaleStride + tile.scaleBytes);
         for (size_t column = 0; column < kColumns; ++column)
         {
             float const by = tile.hasHalfScales ? fromHalf(halves[column]) : scales[column];

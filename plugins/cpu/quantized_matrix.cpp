@@ -35,20 +35,32 @@ float zeroPoint(uint8_t const* row, size_t group, int32_t bits) noexcept
     return static_cast<float>(byte);
 }
 
-bool areHalves(StoredMatrix const& stored, size_t groups) noexcept
+// Whether `holds(scale, first scale of its row)` for every scale.
+template <typename Holds>
+bool holdsForAll(StoredMatrix const& stored, size_t groups, Holds const& holds) noexcept
 {
     for (size_t column = 0; column < stored.columns; ++column)
     {
         float const* const scales = stored.scales + (stored.firstRow + column * stored.rowStride) * groups;
         for (size_t group = 0; group < groups; ++group)
         {
-            if (!halfOf(scales[group]))
+            if (!holds(scales[group], scales[0]))
             {
                 return false;
             }
         }
     }
     return true;
+}
+
+bool areHalves(StoredMatrix const& stored, size_t groups) noexcept
+{
+    return holdsForAll(stored, groups, [](float scale, float) { return halfOf(scale).has_value(); });
+}
+
+bool areOneOfEachRow(StoredMatrix const& stored, size_t groups) noexcept
+{
+    return holdsForAll(stored, groups, [](float scale, float first) { return scale == first; });
 }
 
 } // namespace
@@ -60,9 +72,10 @@ QuantizedMatrix::QuantizedMatrix(StoredMatrix const& stored)
     , mGroups((stored.depth + stored.groupSize - 1) / stored.groupSize)
     , mBits(stored.bits)
     , mHasHalfScales(areHalves(stored, mGroups))
+    , mHasOneScale(stored.zeroPoints == nullptr && areOneOfEachRow(stored, mGroups))
     , mHasOffsets(stored.zeroPoints != nullptr)
 {
-    size_t const bytes = tiles() * mGroups * groupBytes();
+    size_t const bytes = tiles() * tileBytes();
     mData.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, bytes)));
     if (mData == nullptr)
     {
@@ -77,16 +90,17 @@ void QuantizedMatrix::pack(StoredMatrix const& stored)
     size_t const groupStride = mGroupSize * bits / 8;
     size_t const zeroStride = (mGroups * bits + 7) / 8;
     float const middle = mBits == 4 ? 8.0f : 128.0f;
-    std::memset(mData.get(), 0, tiles() * mGroups * groupBytes());
+    std::memset(mData.get(), 0, tiles() * tileBytes());
     for (size_t tile = 0; tile < tiles(); ++tile)
     {
         for (size_t group = 0; group < mGroups; ++group)
         {
-            uint8_t* const start = mData.get() + (tile * mGroups + group) * groupBytes();
-            uint32_t* const codes = reinterpret_cast<uint32_t*>(start);
-            float* const scales = reinterpret_cast<float*>(start + codeBytes());
-            uint16_t* const halves = reinterpret_cast<uint16_t*>(start + codeBytes());
-            float* const offsets = reinterpret_cast<float*>(start + codeBytes() + scaleBytes());
+            uint8_t* const start = mData.get() + tile * tileBytes();
+            uint32_t* const codes = reinterpret_cast<uint32_t*>(start + group * groupBytes());
+            uint8_t* const scaleStart = start + (scales(tile) - this->tile(tile)) + group * scaleStride();
+            float* const floats = reinterpret_cast<float*>(scaleStart);
+            uint16_t* const halves = reinterpret_cast<uint16_t*>(scaleStart);
+            float* const offsets = reinterpret_cast<float*>(scaleStart + scaleBytes());
             for (size_t i = 0; i < kTileColumns && tile * kTileColumns + i < mColumns; ++i)
             {
                 size_t const row = stored.firstRow + (tile * kTileColumns + i) * stored.rowStride;
@@ -110,7 +124,7 @@ void QuantizedMatrix::pack(StoredMatrix const& stored)
                 }
                 else
                 {
-                    scales[i] = scale;
+                    floats[i] = scale;
                 }
                 if (mHasOffsets)
                 {

@@ -33,6 +33,7 @@ struct StoredMatrix
 //   codes  for each 4 steps of K: [32, 4] bytes; with 4 bits [16, 4] bytes, outputs 16 to 31 in the upper halves;
 //   scales [32], float16 where that holds every scale of the matrix exactly, else float32;
 //   offsets float32 [32], scale * (zero point - middle), where there are zero points.
+// Where each output has the same scale in all groups, and no zero points, its scales stand once, behind the last group.
 // Outputs beyond N and steps beyond K are zero.
 class QuantizedMatrix
 {
@@ -79,13 +80,25 @@ public:
     {
         return kTileColumns * (mHasHalfScales ? sizeof(uint16_t) : sizeof(float));
     }
-    size_t groupBytes() const noexcept // of a tile's group with its scales
+    size_t groupBytes() const noexcept // of a tile's group with the scales that are its own
     {
-        return codeBytes() + scaleBytes() + kTileColumns * (mHasOffsets ? sizeof(float) : 0);
+        return codeBytes() + (mHasOneScale ? 0 : scaleBytes()) + (mHasOffsets ? kTileColumns * sizeof(float) : 0);
+    }
+    size_t tileBytes() const noexcept
+    {
+        return mGroups * groupBytes() + (mHasOneScale ? scaleBytes() : 0);
     }
     uint8_t const* tile(size_t index) const noexcept
     {
-        return mData.get() + index * mGroups * groupBytes();
+        return mData.get() + index * tileBytes();
+    }
+    uint8_t const* scales(size_t index) const noexcept // of a tile's first group
+    {
+        return tile(index) + (mHasOneScale ? mGroups * groupBytes() : codeBytes());
+    }
+    size_t scaleStride() const noexcept // to those of the next group
+    {
+        return mHasOneScale ? 0 : groupBytes();
     }
 
 private:
@@ -105,6 +118,7 @@ private:
     size_t mGroups;
     int32_t mBits;
     bool mHasHalfScales;
+    bool mHasOneScale;
     bool mHasOffsets;
     std::unique_ptr<uint8_t[], Free> mData;
 };

@@ -5,11 +5,19 @@
 
 namespace qwenforge::cpu
 {
-namespace
+Routing Routing::of(Scratch& scratch, size_t tokens, size_t experts, size_t chosen)
 {
+    size_t const pairs = tokens * chosen;
+    return {pairs, 0, scratch.take<Expert>(std::min(experts, pairs)), scratch.take<uint32_t>(pairs),
+        scratch.take<float>(pairs), scratch.take<uint32_t>(pairs), scratch.take<float>(pairs),
+        scratch.take<size_t>(experts + 1)};
+}
 
-void choose(float const* logits, size_t experts, size_t chosen, bool normalize, uint32_t* indices, float* weights) noexcept
+void chooseExperts(
+    float const* logits, size_t token, size_t experts, size_t chosen, bool normalize, Routing const& routing) noexcept
 {
+    uint32_t* const indices = routing.expertOf + token * chosen;
+    float* const weights = routing.weightOf + token * chosen;
     float greatest = logits[0];
     for (size_t i = 1; i < experts; ++i)
     {
@@ -23,7 +31,6 @@ void choose(float const* logits, size_t experts, size_t chosen, bool normalize, 
     float sum = 0;
     for (size_t slot = 0; slot < chosen; ++slot)
     {
-        // The next one in the order by logit, then by index, behind the one before: no copy to strike out in.
         size_t best = experts;
         for (size_t i = 0; i < experts; ++i)
         {
@@ -43,24 +50,9 @@ void choose(float const* logits, size_t experts, size_t chosen, bool normalize, 
     }
 }
 
-} // namespace
-
-Routing Routing::of(Scratch& scratch, size_t tokens, size_t experts, size_t chosen)
-{
-    size_t const pairs = tokens * chosen;
-    return {pairs, 0, scratch.take<Expert>(std::min(experts, pairs)), scratch.take<uint32_t>(pairs),
-        scratch.take<float>(pairs), scratch.take<uint32_t>(pairs), scratch.take<float>(pairs),
-        scratch.take<size_t>(experts + 1)};
-}
-
-void route(float const* logits, size_t tokens, size_t experts, size_t chosen, bool normalize, Routing& routing) noexcept
+void groupPairs(size_t experts, size_t chosen, Routing& routing) noexcept
 {
     std::fill_n(routing.counts, experts + 1, 0);
-    for (size_t token = 0; token < tokens; ++token)
-    {
-        size_t const first = token * chosen;
-        choose(logits + token * experts, experts, chosen, normalize, routing.expertOf + first, routing.weightOf + first);
-    }
     for (size_t pair = 0; pair < routing.pairs; ++pair)
     {
         ++routing.counts[routing.expertOf[pair] + 1];

@@ -25,15 +25,19 @@ struct Routing
     Expert* experts;    // [active], by index
     uint32_t* tokens;   // [pairs]
     float* weights;     // [pairs]
-    uint32_t* expertOf; // [pairs], by token: what `route` works with
+    uint32_t* expertOf; // [pairs], by token: what was chosen
     float* weightOf;    // [pairs], by token
     size_t* counts;     // [experts + 1]
 
     static Routing of(Scratch& scratch, size_t tokens, size_t experts, size_t chosen);
 };
 
-// The `chosen` experts of the greatest of `logits` [tokens, experts], of equal ones the first; weights are the softmax over
-// all experts, divided by the chosen ones' sum if `normalize`. A token with a NaN has NaN for weights.
-void route(float const* logits, size_t tokens, size_t experts, size_t chosen, bool normalize, Routing& routing) noexcept;
+// The `chosen` experts of the greatest of the token's `logits` [experts], of equal ones the first; weights are the softmax
+// over all experts, divided by the chosen ones' sum if `normalize`. A token with a NaN has NaN for weights.
+void chooseExperts(
+    float const* logits, size_t token, size_t experts, size_t chosen, bool normalize, Routing const& routing) noexcept;
+
+// Pairs by expert, of what was chosen for every token.
+void groupPairs(size_t experts, size_t chosen, Routing& routing) noexcept;
 
 } // namespace qwenforge::cpu

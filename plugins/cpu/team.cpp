@@ -67,6 +67,10 @@ void Stages::work(size_t worker)
 {
     for (Stage& stage : mStages)
     {
+        if (stage.done->load(std::memory_order_acquire) == stage.items)
+        {
+            continue; // a task that came late, as most do in a session with few threads
+        }
         size_t mine = 0;
         for (size_t i = 0; i < mWorkers; ++i)
         {

@@ -8,6 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__clang__)
 #define QWENFORGE_UNROLL _Pragma("unroll")
 #else
@@ -136,6 +140,26 @@ inline float largestOf(Floats values) noexcept
         values = larger(interleaveLow(values, values), interleaveHigh(values, values));
     }
     return values[0];
+}
+
+// Whether a lane of `a` is larger than that of `b`.
+inline bool anyLarger(Floats a, Floats b) noexcept
+{
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+#elif defined(__x86_64__)
+    return _mm_movemask_ps(_mm_cmpgt_ps(a, b)) != 0;
+#else
+    Integers const isLarger = a > b;
+    int32_t any = 0;
+    for (size_t i = 0; i < kLanes; ++i)
+    {
+        any |= isLarger[i];
+    }
+    return any != 0;
+#endif
 }
 
 // 2^x for x <= 0 or NaN, relative error below 2e-7; 0 below the smallest normal number.

@@ -42,8 +42,9 @@ inline constexpr size_t kItemsOfAWorker = 8;
 // Tile number `index`; the thread will read `next` then, by default the tile behind it.
 inline Tile tileOf(QuantizedMatrix const& matrix, size_t index, uint8_t const* next = nullptr) noexcept
 {
-    return {matrix.tile(index), matrix.groupBytes(), matrix.codeBytes(), matrix.scaleBytes(), matrix.bits(),
-        matrix.hasHalfScales(), matrix.hasOffsets(), next != nullptr ? next : matrix.tile(index + 1)};
+    return {matrix.tile(index), matrix.groupBytes(), matrix.codeBytes(), matrix.scales(index), matrix.scaleStride(),
+        matrix.scaleBytes(), matrix.bits(), matrix.hasHalfScales(), matrix.hasOffsets(),
+        next != nullptr ? next : matrix.tile(index + 1)};
 }
 
 // How many of `tiles` make an item: threads read long stretches of a matrix, and still end together.

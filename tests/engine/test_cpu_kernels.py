@@ -11,14 +11,17 @@ import pytest
 
 from qwenforge import load, names
 from qwenforge.bundle import Bundle
-from qwenforge.engine import cpu_kernels, cpu_library
+from qwenforge.engine import cpu_kernels, cpu_library, quantized_export, verification
+from qwenforge.engine import export as export_module
 from qwenforge.engine.bundle_summary import summarize_bundle
 from qwenforge.engine.cpu_kernels import choose_kernels
 from qwenforge.engine.cpu_library import CpuLibrary
 from qwenforge.engine.export import ExportReport, export_checkpoint
+from qwenforge.engine.inspection import Inspection, inspect_model, read_model
+from qwenforge.engine.ort_cpu_graphs import CpuGraphs, lower_quantized
 from qwenforge.engine.quantization_request import quantization_request
 from qwenforge.engine.static_scales import ScalesRequest
-from qwenforge.errors import UnsupportedError, UserError
+from qwenforge.errors import UnsupportedError, UserError, VerificationError
 from qwenforge.manifest import Kernels
 from support.prequantized_checkpoints import write_quantized
 from support.prequantized_styles import STYLES
@@ -96,6 +99,10 @@ def domains(bundle: Path) -> set[str]:
     return {node.domain for node in ir.load(bundle / "model.onnx").graph}
 
 
+def inspected(bundle: Path) -> Inspection:
+    return inspect_model(read_model(bundle / "model.onnx"), "model")
+
+
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-qwen2-moe"])
 def test_bundle_of_our_kernels_is_judged_says_so_and_runs_like_the_other(name: str, tmp_path: Path) -> None:
     ours, theirs = (exported(tmp_path / kernels, kernels, name) for kernels in ("qwenforge", "onnxruntime"))
@@ -108,17 +115,51 @@ def test_bundle_of_our_kernels_is_judged_says_so_and_runs_like_the_other(name: s
         assert (report.bundle / "prefill.onnx").exists() == (kernels == "onnxruntime")
     shown = dict(dict(summarize_bundle(Bundle.open(ours.bundle).manifest))["lowering"])
     assert shown["kernels"] == "qwenforge's (libqwenforge_cpu.so)"
+    ours_found, theirs_found = (inspected(report.bundle) for report in (ours, theirs))
+    assert ours_found.fused["attention"] == theirs_found.fused["attention"] == 3
+    assert ours_found.fused["mixture of experts"] == theirs_found.fused["mixture of experts"]
+    assert [layer.attention for layer in ours_found.layers] == ["CachedAttention"] * 3
     tokens = list(range(3, 40))
     (found,), (expected,) = (load(report.bundle, threads=2).logits([tokens]) for report in (ours, theirs))
     assert np.linalg.norm(found - expected) < INT8_ACTIVATIONS * np.linalg.norm(expected)
 
 
-def test_checkpoint_that_is_quantized_already_is_verified_with_our_kernels(tmp_path: Path) -> None:
-    folder = write_quantized(CHECKPOINTS / "tiny-qwen2", tmp_path / "q", STYLES["gptq-int4-group128"]())
+@pytest.mark.parametrize(
+    ("name", "style", "whole"),
+    [
+        ("tiny-qwen2", "gptq-int4-group128", True),
+        ("tiny-qwen2", "awq-group32", False),
+        ("tiny-qwen2-moe", "gptq-int8-whole-row", True),
+    ],
+)
+def test_checkpoint_that_is_quantized_already_is_verified_with_our_kernels(
+    name: str, style: str, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "fits_whole", lambda *_: whole)
+    folder = write_quantized(CHECKPOINTS / name, tmp_path / "q", STYLES[style]())
     report = export_checkpoint(folder, tmp_path / "bundle", max_length=256, kernels="qwenforge")
-    assert report.verification is not None and report.verification.token_disagreements == 0
+    found = report.verification
+    assert found is not None and found.method == ("whole-model" if whole else "layer-by-layer")
+    assert found.graph_error < 2e-4 < found.max_abs_error, "exact by kernels that round nothing, and ours round"
+    assert not list(report.bundle.glob(".verify*"))
     assert report.ort_cpu is not None and report.ort_cpu.kernels == "qwenforge"
     assert names.CPU_DOMAIN in domains(report.bundle)
+
+
+def test_our_kernels_that_compute_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_quantized(CHECKPOINTS / "tiny-qwen2", tmp_path / "q", STYLES["gptq-int4-group128"]())
+
+    def spoiled(*arguments: Any, **options: Any) -> CpuGraphs:
+        graphs = lower_quantized(*arguments, **options)
+        scales = next(node for node in graphs.decode.graph if node.op_type == "QuantizedLinear").inputs[2]
+        assert scales is not None and scales.const_value is not None
+        scales.const_value = ir.tensor(np.float32(1.2) * scales.const_value.numpy(), name=scales.name)
+        return graphs
+
+    monkeypatch.setattr(export_module, "lower_quantized", spoiled)
+    with pytest.raises(VerificationError, match="model, computed by qwenforge's kernels, differs from transformers"):
+        export_checkpoint(folder, tmp_path / "bundle", max_length=256, kernels="qwenforge")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_static_scales_of_activations_are_not_for_our_kernels(tmp_path: Path) -> None:
@@ -130,6 +171,12 @@ def test_static_scales_of_activations_are_not_for_our_kernels(tmp_path: Path) ->
         folder, tmp_path / "bundle", max_length=256, verify_result=False, static_scales=anything
     )
     assert applied.ort_cpu is None and names.CPU_DOMAIN not in domains(applied.bundle)
+
+
+def test_bundle_of_our_kernels_is_judged_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_export, "fits_whole", lambda *_: False)
+    run = exported(tmp_path / "bundle", "qwenforge").quantization
+    assert run is not None and run.run.method == "layer-by-layer"
 
 
 def test_bundle_of_our_kernels_without_the_library_is_one_sentence(
