@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace qwenforge::cpu
 {
 namespace
@@ -47,6 +51,18 @@ Choice choose()
     return {supported, false, false, asked};
 }
 
+#if defined(__x86_64__)
+// Conversion from float16; compilers before GCC 11 have no name for it.
+bool hasF16c() noexcept
+{
+    unsigned int eax = 0;
+    unsigned int ebx = 0;
+    unsigned int ecx = 0;
+    unsigned int edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 } // namespace
 
 char const* nameOf(InstructionSet set) noexcept
@@ -70,7 +86,7 @@ InstructionSet supportedInstructionSet() noexcept
     {
         return InstructionSet::kAvx512Vnni;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && hasF16c())
     {
         return InstructionSet::kAvx2;
     }

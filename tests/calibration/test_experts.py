@@ -138,7 +138,8 @@ def test_experts_below_the_floor_are_quantized_by_their_weights_alone(
     weight = reference.experts.down_proj.detach().reshape(16, 128, 4, 32)
     unclipped = (weight.abs().amax(-1) / 7).numpy()
     for expert in range(16):
-        own = np.allclose(factors[expert], 1) and np.allclose(scales[expert], unclipped[expert], rtol=1e-5)
+        # Scales are rounded to float16's numbers; a clipped one is a fortieth smaller at least.
+        own = np.allclose(factors[expert], 1) and np.allclose(scales[expert], unclipped[expert], rtol=2.0**-11)
         assert own == (expert in few)
 
 

@@ -4,6 +4,7 @@
 #include "cpu/instruction_set.h"
 #include "cpu/products.h"
 #include "cpu/quantized_matrix.h"
+#include "cpu/weights.h"
 
 #include <cmath>
 #include <cstdio>
@@ -124,8 +125,7 @@ void checkProducts(Products const& products, Form const& form)
     std::vector<float> expected(form.rows * kTileColumns);
     for (size_t index = 0; index < matrix.tiles(); ++index)
     {
-        Tile const tile{matrix.tile(index), matrix.groupBytes(), matrix.codeBytes(), matrix.scaleBytes(), matrix.bits(),
-            matrix.hasHalfScales(), matrix.hasOffsets(), matrix.tile(index + 1)};
+        Tile const tile = tileOf(matrix, index);
         products.byTile(tile, rows, form.rows, found.data(), kTileColumns, scratch.get());
         kBaselineProducts.byTile(tile, rows, form.rows, expected.data(), kTileColumns, scratch.get());
         float const size = static_cast<float>(form.depth) * static_cast<float>(1 << form.bits) * 0.3f;

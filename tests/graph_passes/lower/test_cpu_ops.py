@@ -17,6 +17,7 @@ from qwenforge.exporter import weights
 from qwenforge.exporter.block_codes import rounded
 from qwenforge.graph_passes.infra import set_weight
 from qwenforge.graph_passes.lower import lower
+from qwenforge.graph_passes.lower.cpu_ops import PROLOGUES
 from qwenforge.graph_passes.quantize.sites import KEPT_BY_DEFAULT, find_sites
 from support.cached_decoder import CachedDecoder, random_tokens
 from support.exported_models import DENSE, MIXED, SPARSE
@@ -100,6 +101,24 @@ def test_layer_is_four_ops_of_ours_and_nothing_else(kind: str, layers: int, expe
     left = kinds(model)
     assert not [name for name in left if name.endswith(("MatMulNBits", "GroupQueryAttention", "QMoE", "QuickGelu"))]
     assert sum(count for name, count in left.items() if name.endswith("RMSNormalization")) <= 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_moe"])
+def test_norms_inside_our_ops_add_the_models_epsilon(kind: str) -> None:
+    """Answers would hardly tell."""
+    family, config = KINDS[kind]
+    model = portable_model(random_model(family, rms_norm_eps=3e-5, **config))
+    for site in find_sites(model).linear.values():
+        if site.role == "vocabulary" or site.role not in KEPT_BY_DEFAULT:
+            found = rounded(weights.transpose(site.weight, (1, 0)), "int8", 16)
+            set_weight(model, site.node, 1, weights.transpose(found.dequantized(), (1, 0)))
+    with_norm = [
+        node
+        for node in lower(model, "ort-cpu", products="blocks", own_ops=True).graph
+        if node.op_type in PROLOGUES and len(node.inputs) > PROLOGUES[node.op_type] + 1
+    ]
+    assert len(with_norm) >= LAYERS
+    assert [node.attributes["epsilon"].as_float() for node in with_norm] == pytest.approx([3e-5] * len(with_norm))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
