@@ -1,6 +1,6 @@
 """Key/value caches in fp32 -> in fp16, where every attention is ``qwenforge.cpu::CachedAttention``.
 
-Half the bytes are read in half the time, and decoding waits for memory. The op computes in fp32 from either.
+Half the bytes, where decoding waits for memory. The op computes in fp32 from either.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         "--cache",
         choices=("int8", "fp8", _FP32),
         help="int8, fp8: also quantize the key/value cache, on a GPU; fp32: keep it in fp32 with our CPU kernels "
-        "(--kernels qwenforge), which by default have it in fp16, of half the memory and read in half the time",
+        "(--kernels qwenforge), which by default have it in fp16, of half the size",
     )
     group.add_argument(
         "--budget",

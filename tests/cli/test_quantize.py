@@ -16,6 +16,7 @@ import pytest
 from qwenforge.bundle import Bundle
 from qwenforge.cli.main import main
 from qwenforge.engine import export as export_module
+from qwenforge.errors import UserError
 from qwenforge.exporter.trace import trace
 from support.checkpoints import write_tokenizer
 from support.source_tree import ROOT
@@ -286,3 +287,26 @@ def test_channel_a_thousand_times_larger_is_told(
     err = capsys.readouterr().err
     told = re.search(rf"channel 7 of {layer}\.self_attn\.\w_proj's input is (\d+) times as large", err)
     assert told is not None and 200 < int(told[1]) < 10000
+
+
+@pytest.mark.parametrize(
+    ("word", "recipe_cache", "export_cache"), [("int8", "int8", None), ("fp32", None, "fp32"), (None, None, None)]
+)
+def test_cache_is_quantized_by_the_recipe_or_kept_by_the_export(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    word: str | None,
+    recipe_cache: str | None,
+    export_cache: str | None,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def recorded(*_: Any, **options: Any) -> None:
+        asked.update(options)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(export_module, "export_checkpoint", recorded)
+    arguments = ["export", str(CHECKPOINTS / "tiny-qwen2"), "-o", str(tmp_path / "bundle")]
+    arguments += ["--quantize", "int8-weight-only", *(["--cache", word] if word is not None else [])]
+    assert main(arguments) == 1
+    assert (asked["quantization"].recipe.cache, asked["cache"]) == (recipe_cache, export_cache)

@@ -163,10 +163,13 @@ def test_our_kernels_that_compute_something_else_are_refused(tmp_path: Path, mon
     assert not (tmp_path / "bundle").exists()
 
 
-def test_static_scales_of_activations_are_not_for_our_kernels(tmp_path: Path) -> None:
+def test_static_scales_of_activations_are_not_for_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_quantized(CHECKPOINTS / "tiny-qwen2", tmp_path / "q", STYLES["compressed-w8a8-static"]())
     with pytest.raises(UnsupportedError, match="add --static-scales ignore, or leave --kernels out"):
         export_checkpoint(folder, tmp_path / "bundle", max_length=256, kernels="qwenforge", verify_result=False)
+    installed(monkeypatch, "avx2")  # the default is ours, until the scales are known
+    with pytest.raises(UnsupportedError, match="add --static-scales ignore, or leave --cache out"):
+        export_checkpoint(folder, tmp_path / "bundle", max_length=256, cache="fp32", verify_result=False)
     anything = ScalesRequest(budget="kl=99,ppl=1e9,top1=0")  # the scales are random
     applied = export_checkpoint(
         folder, tmp_path / "bundle", max_length=256, verify_result=False, static_scales=anything
