@@ -15,13 +15,18 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from qwenforge import names
 from qwenforge.bundle_writer import BundleWriter
 from qwenforge.engine.accuracy_page import accuracy_page
 from qwenforge.engine.accuracy_report import QuantizationOutcome
 from qwenforge.engine.bundle_facts import bundle_facts, generation_config, reference_name, tensor_spec
 from qwenforge.engine.bundle_readme import POLYGRAPHY_SCRIPT, tensorrt_readme
 from qwenforge.engine.cpu_kernels import choose_kernels
+from qwenforge.engine.export_requirements import (
+    context_length,
+    require_cuda_kernels,
+    require_fused,
+    require_weight_inputs,
+)
 from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, TWIN_NAME, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.quantization_request import QuantizationRequest, require_device, require_target
@@ -44,9 +49,8 @@ from qwenforge.exporter.checkpoint import Checkpoint
 from qwenforge.exporter.external_data import link_checkpoint_files, save_model
 from qwenforge.exporter.instantiate import instantiate
 from qwenforge.exporter.safetensors_writer import write_safetensors
-from qwenforge.exporter.trace import TracedModel, trace
+from qwenforge.exporter.trace import trace
 from qwenforge.graph_passes.lower import lower
-from qwenforge.graph_passes.lower.ort_cuda_kernels import without_kernel
 from qwenforge.graph_passes.lower.tensorrt_signature import TENSORRT_MAX_LENGTH, split_weight_inputs
 from qwenforge.graph_passes.pipeline import Step, optimize
 from qwenforge.lowering_choice import LoweringChoice, choose
@@ -175,7 +179,7 @@ def export_checkpoint(
     source = source.widened() if dequantize else source.with_scales_in(_DTYPES[chosen])
     scales = static_scales or ScalesRequest()
     require_scales(source, scales)
-    length = _context_length(source, max_length, DEFAULT_MAX_LENGTH if tensorrt is None else TENSORRT_MAX_LENGTH)
+    length = context_length(source, max_length, DEFAULT_MAX_LENGTH if tensorrt is None else TENSORRT_MAX_LENGTH)
     if tensorrt is not None and max_batch is None:
         max_batch = TENSORRT_MAX_BATCH
     if weights not in ("copy", "link"):
@@ -190,7 +194,7 @@ def export_checkpoint(
             "the unquantized checkpoint."
         )
     if tensorrt is not None and tensorrt.weights_as == "inputs":
-        _require_weight_inputs(
+        require_weight_inputs(
             source, quantized=quantization is not None or (source.quantized is not None and not source.is_widened)
         )
     if quantization is not None:
@@ -220,7 +224,7 @@ def export_checkpoint(
         writer.add_json(LAYER_BEFORE, _layer_nodes(traced.model))
         clock.start("fuse")
         result = optimize(traced.model, target="portable", verify=verify_passes, positions=length)
-        _require_fused(result.model, traced, source)
+        require_fused(result.model, traced, source)
         clock.start("instantiate")
 
         def build() -> ir.Model:
@@ -312,7 +316,7 @@ def export_checkpoint(
             else:
                 final = lower(portable, target, weights=weights, choice=choice, capacity=capacity)
         if isinstance(choice, OrtCudaChoice):
-            _require_cuda_kernels(final)
+            require_cuda_kernels(final)
         bound = split_weight_inputs(final) if tensorrt is not None and tensorrt.weights_as == "inputs" else {}
         weight_inputs = tuple(tensor_spec(value) for value in final.graph.inputs if value.name in bound)
         clock.start("write weights")
@@ -397,19 +401,6 @@ def export_checkpoint(
     )
 
 
-def _require_weight_inputs(source: Checkpoint, *, quantized: bool) -> None:
-    """Refuse weights as inputs where next to none could be one.
-
-    Raises:
-        UnsupportedError: the model is ``quantized`` and has no experts.
-    """
-    if quantized and not source.config.num_experts:
-        raise UnsupportedError(
-            "--weights-as inputs is for weights in 16 bits and for packed experts: TensorRT wants the codes of "
-            "quantized products when it builds, and this model has nothing else to quantize; leave --weights-as out."
-        )
-
-
 def _lowering(choice: TensorRTChoice, model: ir.Model) -> LoweringRecord:
     operators = {node.op_type for node in model.graph}
     mixed = choice.attention == "native" and "QwenForgeAttention" in operators
@@ -418,30 +409,6 @@ def _lowering(choice: TensorRTChoice, model: ir.Model) -> LoweringRecord:
 
 def _ort_cuda(choice: OrtCudaChoice, model: ir.Model) -> OrtCudaRecord:
     return choice.record(routed=bool({"QwenForgeMoE", "MoE"} & {node.op_type for node in model.graph}))
-
-
-def _require_cuda_kernels(model: ir.Model) -> None:
-    """Refuse a graph of which ONNX Runtime would run a node on the CPU, with its data copied back and forth.
-
-    Raises:
-        UnsupportedError: a node has no CUDA kernel; the message names it.
-    """
-    if found := without_kernel(model):
-        raise UnsupportedError(
-            f"{found[0]}, so that it would run on the CPU and its data be copied at every step; export for another "
-            "target, such as ort-cpu or tensorrt."
-        )
-
-
-def _context_length(source: Checkpoint, asked: int | None, default: int) -> int:
-    limit = source.config.max_position_embeddings
-    if asked is None:
-        return min(limit, default)
-    if asked < 16:
-        raise UserError(f"--max-length is {asked}; a context needs at least 16 tokens.")
-    if asked > limit:
-        raise UserError(f"--max-length {asked} is beyond the model's {limit} positions (max_position_embeddings).")
-    return asked
 
 
 def _layer_nodes(model: ir.Model) -> list[dict[str, Any]]:
@@ -458,19 +425,6 @@ def _layer_nodes(model: ir.Model) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _require_fused(model: ir.Model, traced: TracedModel, source: Checkpoint) -> None:
-    """Our own trace must reach the portable form; anything else is a bug, not the user's fault."""
-    ops = [(node.domain, node.op_type) for node in model.graph]
-    kinds = [source.config.layer_kinds[layer] for layer in traced.representative]
-    expected = {
-        (names.DOMAIN, "GroupedQueryAttention"): len(kinds),
-        (names.DOMAIN, "MixtureOfExperts"): sum(kind.sparse for kind in kinds),
-    }
-    for op, count in expected.items():
-        if ops.count(op) != count:
-            raise RuntimeError(f"the traced model has {ops.count(op)} fused {op[1]} nodes where {count} are expected")
 
 
 def _drop_unused_links(folder: Path, linked_bytes: int, links: object) -> None:

@@ -23,6 +23,7 @@ EXPORT_PARAMETERS = (
     "quantization",
     "static_scales",
     "kernels",
+    "cache",
     "progress",
 )
 

@@ -16,12 +16,12 @@ BYTES = 8 << 20
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mappings are listed by Linux's /proc")
 
 
-def _resident(name: str) -> int:
-    """KiB of the mappings of files called ``name`` that are in memory."""
+def _resident(path: Path) -> int:
+    """KiB of the mappings of ``path`` that are in memory."""
     inside, total = False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if not line.partition(" ")[0].endswith(":"):
-            inside = line.endswith(f"/{name}")
+            inside = line.endswith(str(path.resolve()))
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1])
     return total
@@ -34,14 +34,13 @@ def _mapped(path: Path, access: int = mmap.ACCESS_READ) -> mmap.mmap:
 
 
 def test_pages_that_were_read_are_given_back_and_read_the_same(tmp_path: Path) -> None:
-    with _mapped(tmp_path / "model.onnx.data") as mapped:
-        values = np.frombuffer(mapped, np.int32)
-        before = int(values.sum())
-        assert _resident("model.onnx.data") == BYTES >> 10
+    path = tmp_path / "model.onnx.data"
+    with _mapped(path) as mapped:
+        content = mapped[:]
+        assert _resident(path) == BYTES >> 10
         assert mapped_files.give_back(tmp_path) == BYTES
-        assert _resident("model.onnx.data") == 0
-        assert int(values.sum()) == before
-        del values
+        assert _resident(path) == 0
+        assert mapped[:] == content
 
 
 def test_pages_that_were_written_stay(tmp_path: Path) -> None:
@@ -54,7 +53,8 @@ def test_pages_that_were_written_stay(tmp_path: Path) -> None:
 def test_files_elsewhere_are_left_alone(tmp_path: Path) -> None:
     inner = tmp_path / "other"
     inner.mkdir()
-    with _mapped(inner / "weights.bin") as mapped:
-        assert np.frombuffer(mapped, np.int32).sum() != 0
+    path = inner / "weights.bin"
+    with _mapped(path) as mapped:
+        assert any(mapped[:])
         assert mapped_files.give_back(tmp_path) == 0
-        assert _resident("weights.bin") == BYTES >> 10
+        assert _resident(path) == BYTES >> 10
