@@ -50,7 +50,7 @@ def collapse(regions: Iterable[Region]) -> int:
 
     One by one: the kernel stops at the first it cannot collapse, such as one nothing was written to.
     """
-    madvise = _madvise()
+    madvise = madvise_function()
     if madvise is None:
         return 0
     collapsed = 0
@@ -66,7 +66,7 @@ def zeros(count: int) -> NDArray[np.uint8]:
         return np.zeros(count, np.uint8)
     memory = mmap.mmap(-1, -(-count // SIZE) * SIZE + SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A kernel that has no huge pages refuses the advice.
-    if (madvise := _madvise()) is not None:
+    if (madvise := madvise_function()) is not None:
         array = np.frombuffer(memory, np.uint8)
         offset = -array.ctypes.data % SIZE
         madvise(array.ctypes.data + offset, len(array) - SIZE, _MADV_HUGEPAGE)
@@ -105,7 +105,8 @@ def _whole_pages(region: Region) -> Region:
     return -(-region[0] // SIZE) * SIZE, region[1] // SIZE * SIZE
 
 
-def _madvise() -> ctypes._NamedFuncPointer | None:
+def madvise_function() -> ctypes._NamedFuncPointer | None:
+    """C's ``madvise(address, bytes, advice)``; None where there is none like Linux's."""
     if not sys.platform.startswith("linux"):
         return None
     madvise = ctypes.CDLL(None).madvise

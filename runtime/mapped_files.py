@@ -7,12 +7,12 @@ they are read again, from the file or the system's cache of it, only where someb
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import sys
 from pathlib import Path
 
-_MAPS = Path("/proc/self/maps")
+from qwenforge.runtime.huge_pages import madvise_function
+
+_MAPS = Path("/proc/self/smaps")
 
 
 def give_back(folder: Path) -> int:
@@ -21,10 +21,9 @@ def give_back(folder: Path) -> int:
     What nobody has written to, which is what the kernel is asked about, reads the same afterwards. Where there is no
     ``/proc`` nothing is done.
     """
-    if not sys.platform.startswith("linux") or not _MAPS.is_file() or not hasattr(mmap, "MADV_DONTNEED"):
+    madvise = madvise_function()
+    if madvise is None or not _MAPS.is_file():
         return 0
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     given = 0
     for start, end in _unwritten(folder.resolve()):
         if madvise(start, end - start, mmap.MADV_DONTNEED) == 0:
@@ -36,7 +35,7 @@ def _unwritten(folder: Path) -> list[tuple[int, int]]:
     """Addresses of the mappings of files in ``folder`` that hold no page of their own."""
     found = []
     region: tuple[int, int] | None = None
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in _MAPS.read_text().splitlines():
         key, _, rest = line.partition(" ")
         if not key.endswith(":"):
             addresses, *_, name = line.split(maxsplit=5) if line.count(" ") >= 5 else (key, "")

@@ -15,9 +15,7 @@ from qwenforge.graph_passes.infra import (
     static_dim,
     weight,
 )
-from qwenforge.graph_passes.lower.cpu_ops import LINEAR, MICROSOFT, is_supported, make, matrix
-
-_BIAS = 5
+from qwenforge.graph_passes.lower.cpu_ops import BIAS, LINEAR, MICROSOFT, is_supported, make, matrix
 
 
 class UseQuantizedLinear(FusionPass):
@@ -32,7 +30,7 @@ class UseQuantizedLinear(FusionPass):
             if not is_supported(node) or node.inputs[0] is None or node.inputs[0].dtype != ir.DataType.FLOAT:
                 self.fail("our kernels have no such product", node)
                 continue
-            bias = node.inputs[_BIAS] if len(node.inputs) > _BIAS else None
+            bias = node.inputs[BIAS] if len(node.inputs) > BIAS else None
             addition = single_consumer(node.outputs[0]) if bias is None else None
             added = _bias(addition, node) if addition is not None else None
             attributes: dict[str, Any] = {key: int_attribute(node, key, 0) for key in ("K", "N", "bits", "block_size")}

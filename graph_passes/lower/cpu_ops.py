@@ -25,6 +25,10 @@ PROLOGUES = {LINEAR: 5, GATED_MLP: 10, MIXTURE_OF_EXPERTS: 18}
 
 EPSILON = "epsilon"
 
+BIAS = 5
+"""Place of a MatMulNBits' bias among its inputs."""
+_ZERO_POINTS = 3
+
 _ACTIVATION_GROUP = 16
 """Our kernels take groups of multiples of it."""
 
@@ -61,12 +65,8 @@ def is_supported(product: ir.Node) -> bool:
         int_attribute(product, "bits", 4) in (4, 8)
         and int_attribute(product, "block_size", 0) % _ACTIVATION_GROUP == 0
         and (packed_zero_points is None or packed_zero_points.dtype == ir.DataType.UINT8)
-        and all(value is None for value in product.inputs[_ZERO_POINTS + 1 : _BIAS])
+        and all(value is None for value in product.inputs[_ZERO_POINTS + 1 : BIAS])
     )
-
-
-_ZERO_POINTS = 3
-_BIAS = 5
 
 
 def matrix(product: ir.Node) -> list[ir.Value | None]:

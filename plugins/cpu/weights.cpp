@@ -126,7 +126,7 @@ Prologue Prologue::of(Call const& call, size_t values, size_t residual, View<flo
 float const* Prologue::row(Products const& products, size_t row, float* memory) const noexcept
 {
     float const* const source = values.data + row * depth;
-    if (!copies() && sum == nullptr)
+    if (!residual && !weight && sum == nullptr)
     {
         return source;
     }

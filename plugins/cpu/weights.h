@@ -77,11 +77,6 @@ struct Prologue
     static Prologue of(Call const& call, size_t values, size_t residual, View<float> const& weight, float epsilon,
         size_t sum, size_t depth);
 
-    bool copies() const noexcept
-    {
-        return residual || weight;
-    }
-
     // Row `row` of what the products take; `memory` [depth] is for a row that is not there yet.
     float const* row(Products const& products, size_t row, float* memory) const noexcept;
 };
