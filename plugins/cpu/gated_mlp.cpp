@@ -31,8 +31,7 @@ public:
     explicit GatedMlpKernel(Node const& node)
         : mDepth(positive(node, "hidden_size"))
         , mInner(positive(node, "intermediate_size"))
-        , mGate(matrixAt(node, kGate, "gate", mInner, mDepth, WeightFormat::of(node, "bits", "block_size")))
-        , mUp(matrixAt(node, kUp, "up", mInner, mDepth, WeightFormat::of(node, "bits", "block_size")))
+        , mGated(GatedMatrices::at(node, kGate, kUp, "", mInner, mDepth, WeightFormat::of(node, "bits", "block_size")))
         , mDown(matrixAt(node, kDown, "down", mDepth, mInner, WeightFormat::of(node, "down_bits", "down_block_size")))
         , mNorm(vectorAt(node, kNorm, "norm_weight", mDepth))
         , mEpsilon(node.number("epsilon"))
@@ -53,12 +52,12 @@ public:
         Scratch scratch;
         Stages stages(workerCount());
         size_t const workers = stages.workers();
-        QuantizedRows const rows = takeRows(scratch, count, mGate);
-        size_t const innerWidth = mGate.tiles() * kTileColumns;
+        QuantizedRows const rows = takeRows(scratch, count, mGated.gate);
+        size_t const innerWidth = mGated.width();
         float* const inner = scratch.take<float>(count * innerWidth);
         size_t const width = std::max(mDepth, count * kTileColumns);
         float* const memory = scratch.take<float>(workers * width);
-        size_t const panelSize = std::max(panelBytes(mGate), panelBytes(mDown));
+        size_t const panelSize = std::max(panelBytes(mGated.gate), panelBytes(mDown));
         uint8_t* const panels = scratch.take<uint8_t>(workers * panelSize);
 
         auto const prepare = [&](size_t row, size_t worker)
@@ -74,13 +73,11 @@ public:
         {
             stages.add(count, prepare);
         }
-        size_t const chunk = tilesOfAnItem(mGate.tiles(), workers);
-        stages.add((mGate.tiles() + chunk - 1) / chunk,
-            [&](size_t item, size_t worker)
+        stages.add(mGated.gate.tiles(),
+            [&](size_t tile, size_t worker)
             {
-                uint8_t* const panel = panels + worker * panelSize;
-                multiplyGateUp(mProducts, mGate, mUp, {item * chunk, chunk}, rows, count, inner, innerWidth,
-                    memory + worker * width, panel);
+                multiplyGateUp(mProducts, mGated, tile, rows, count, inner, memory + worker * width,
+                    panels + worker * panelSize);
             });
 
         // Few rows are quantized by each worker for itself, which is sooner done than waited for.
@@ -129,8 +126,7 @@ public:
 private:
     size_t mDepth;
     size_t mInner;
-    QuantizedMatrix mGate;
-    QuantizedMatrix mUp;
+    GatedMatrices mGated;
     QuantizedMatrix mDown;
     View<float> mNorm;
     float mEpsilon;

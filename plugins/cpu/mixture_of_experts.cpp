@@ -36,11 +36,17 @@ enum Output
 };
 
 constexpr size_t kRouterColumns = 8; // of one item where there are few rows
+constexpr size_t kItemsOfAWorker = 8; // of the down projections: each reads a long stretch of every expert
+
+struct TileRange
+{
+    size_t first;
+    size_t count;
+};
 
 struct SharedExpert
 {
-    QuantizedMatrix gate;
-    QuantizedMatrix up;
+    GatedMatrices gated;
     QuantizedMatrix down;
 };
 
@@ -86,18 +92,16 @@ public:
         }
         mRouter = transposed(required(node, kRouter, "router", mDepth * mExperts), mDepth, mExperts);
         WeightFormat const format = WeightFormat::of(node, "bits", "block_size");
-        // Rows of gate and up take turns.
-        mGate = matricesAt(node, kGateUp, "gate_up", mExperts, 2 * mInner, 0, 2, mDepth, format);
-        mUp = matricesAt(node, kGateUp, "gate_up", mExperts, 2 * mInner, 1, 2, mDepth, format);
-        mDown = matricesAt(node, kDown, "down", mExperts, mDepth, 0, 1, mInner,
+        mGated = GatedMatrices::at(node, kGateUp, "gate_up", mExperts, mInner, mDepth, format);
+        mDown = matricesAt(node, kDown, "down", mExperts, mDepth, mInner,
             WeightFormat::of(node, "down_bits", "down_block_size"));
         if (node.has(kSharedGate))
         {
             size_t const inner = positive(node, "shared_intermediate_size");
             WeightFormat const shared = WeightFormat::of(node, "shared_bits", "shared_block_size");
             WeightFormat const down = WeightFormat::of(node, "shared_down_bits", "shared_down_block_size");
-            mShared.emplace(SharedExpert{matrixAt(node, kSharedGate, "shared_gate", inner, mDepth, shared),
-                matrixAt(node, kSharedUp, "shared_up", inner, mDepth, shared),
+            mShared.emplace(SharedExpert{
+                GatedMatrices::at(node, kSharedGate, kSharedUp, "shared_", inner, mDepth, shared),
                 matrixAt(node, kSharedDown, "shared_down", mDepth, inner, down)});
             mSharedWeight = required(node, kSharedWeight, "shared_weight", mDepth);
         }
@@ -153,25 +157,20 @@ private:
         return vector;
     }
 
-    static size_t width(QuantizedMatrix const& matrix) noexcept
-    {
-        return matrix.tiles() * kTileColumns;
-    }
-
     Work takeWork(Scratch& scratch, size_t count, size_t workers) const
     {
         size_t const pairs = count * mChosen;
         bool const few = count <= kFewRows;
         Work work{count, few, scratch.take<float>(count * mDepth), scratch.take<float>(count * mExperts),
             scratch.take<float>(count), Routing::of(scratch, count, mExperts, mChosen),
-            takeRows(scratch, count, mGate[0]), takeRows(scratch, pairs, mGate[0]), {},
-            scratch.take<float>(pairs * width(mGate[0])), nullptr, {}, {}, {}, {}};
-        size_t panel = std::max(panelBytes(mGate[0]), panelBytes(mDown[0]));
+            takeRows(scratch, count, mGated[0].gate), takeRows(scratch, pairs, mGated[0].gate), {},
+            scratch.take<float>(pairs * mGated[0].width()), nullptr, {}, {}, {}, {}};
+        size_t panel = std::max(panelBytes(mGated[0].gate), panelBytes(mDown[0]));
         if (mShared)
         {
-            work.sharedTokens = takeRows(scratch, count, mShared->gate);
-            work.sharedInner = scratch.take<float>(count * width(mShared->gate));
-            panel = std::max({panel, panelBytes(mShared->gate), panelBytes(mShared->down)});
+            work.sharedTokens = takeRows(scratch, count, mShared->gated.gate);
+            work.sharedInner = scratch.take<float>(count * mShared->gated.width());
+            panel = std::max({panel, panelBytes(mShared->gated.gate), panelBytes(mShared->down)});
         }
         for (size_t i = 0; i < workers; ++i)
         {
@@ -221,16 +220,14 @@ private:
     {
         size_t const columns = work.few ? kRouterColumns : mExperts;
         size_t const parts = (mExperts + columns - 1) / columns;
-        size_t const sharedTiles = mShared ? mShared->gate.tiles() : 0;
-        size_t const chunk = tilesOfAnItem(sharedTiles, stages.workers());
-        stages.add(work.count * parts + (sharedTiles + chunk - 1) / chunk,
-            [this, &work, columns, parts, chunk](size_t item, size_t worker)
+        size_t const sharedTiles = mShared ? mShared->gated.gate.tiles() : 0;
+        stages.add(work.count * parts + sharedTiles,
+            [this, &work, columns, parts](size_t item, size_t worker)
             {
                 if (item >= work.count * parts)
                 {
-                    size_t const first = (item - work.count * parts) * chunk;
-                    multiplyGateUp(mProducts, mShared->gate, mShared->up, {first, chunk}, work.sharedTokens, work.count,
-                        work.sharedInner, width(mShared->gate), work.floats[worker], work.panels[worker]);
+                    multiplyGateUp(mProducts, mShared->gated, item - work.count * parts, work.sharedTokens, work.count,
+                        work.sharedInner, work.floats[worker], work.panels[worker]);
                     return;
                 }
                 size_t const token = item / parts;
@@ -277,21 +274,18 @@ private:
     void addGateUp(Stages& stages, Work& work) const
     {
         size_t const active = std::min(mExperts, work.routing.pairs); // at most
-        size_t const tiles = mGate[0].tiles();
-        size_t const chunk = std::min(tiles, tilesOfAnItem(active * tiles, stages.workers()));
-        size_t const items = (tiles + chunk - 1) / chunk; // of an expert
-        stages.add(active * items,
-            [this, &work, chunk, items](size_t item, size_t worker)
+        size_t const tiles = mGated[0].gate.tiles();
+        stages.add(active * tiles,
+            [this, &work, tiles](size_t item, size_t worker)
             {
-                if (item / items >= work.routing.active)
+                if (item / tiles >= work.routing.active)
                 {
                     return;
                 }
-                Routing::Expert const expert = work.routing.experts[item / items];
-                multiplyGateUp(mProducts, mGate[expert.index], mUp[expert.index], {item % items * chunk, chunk},
-                    rowsFrom(work.pairs, expert.firstPair), expert.pairs,
-                    work.inner + expert.firstPair * width(mGate[0]), width(mGate[0]), work.floats[worker],
-                    work.panels[worker]);
+                Routing::Expert const expert = work.routing.experts[item / tiles];
+                GatedMatrices const& gated = mGated[expert.index];
+                multiplyGateUp(mProducts, gated, item % tiles, rowsFrom(work.pairs, expert.firstPair), expert.pairs,
+                    work.inner + expert.firstPair * gated.width(), work.floats[worker], work.panels[worker]);
             });
     }
 
@@ -310,11 +304,11 @@ private:
         size_t const pairs = work.routing.pairs;
         if (row < pairs)
         {
-            mProducts.quantize(work.inner + row * width(mGate[0]), mInner, row, work.innerRows[worker]);
+            mProducts.quantize(work.inner + row * mGated[0].width(), mInner, row, work.innerRows[worker]);
         }
         else
         {
-            mProducts.quantize(work.sharedInner + (row - pairs) * width(mShared->gate), mShared->gate.columns(),
+            mProducts.quantize(work.sharedInner + (row - pairs) * mShared->gated.width(), mShared->gated.gate.columns(),
                 row - pairs, work.sharedRows[worker]);
         }
     }
@@ -334,7 +328,7 @@ private:
             };
         }
         size_t const tiles = mDown[0].tiles();
-        size_t const chunk = tilesOfAnItem(tiles, stages.workers());
+        size_t const chunk = std::max<size_t>(1, tiles / (kItemsOfAWorker * stages.workers()));
         stages.add(
             (tiles + chunk - 1) / chunk,
             [this, &work, result, tiles, chunk](size_t item, size_t worker)
@@ -356,17 +350,14 @@ private:
         // By expert and not by tile: each one's tiles lie one behind the other in memory.
         if (mShared)
         {
-            uint8_t const* const next = mDown[routing.experts[0].index].tile(tiles.first);
-            addProducts(mShared->down, tiles, next, work.sharedRows[rowsOf], work.count, work, worker, result,
+            addProducts(mShared->down, tiles, work.sharedRows[rowsOf], work.count, work, worker, result,
                 [&work](size_t row) { return std::make_pair(row, work.sharedBy[row]); });
         }
         for (size_t slot = 0; slot < routing.active; ++slot)
         {
             Routing::Expert const expert = routing.experts[slot];
-            uint8_t const* const next
-                = slot + 1 < routing.active ? mDown[routing.experts[slot + 1].index].tile(tiles.first) : nullptr;
-            addProducts(mDown[expert.index], tiles, next, rowsFrom(work.innerRows[rowsOf], expert.firstPair),
-                expert.pairs, work, worker, result,
+            addProducts(mDown[expert.index], tiles, rowsFrom(work.innerRows[rowsOf], expert.firstPair), expert.pairs,
+                work, worker, result,
                 [&routing, expert](size_t row)
                 {
                     size_t const pair = expert.firstPair + row;
@@ -377,8 +368,8 @@ private:
 
     // result[token] += weight * (row by the tiles of `down`) for each row, whose token and weight `of` tells.
     template <typename Of>
-    void addProducts(QuantizedMatrix const& down, TileRange tiles, uint8_t const* next, QuantizedRows const& rows,
-        size_t count, Work const& work, size_t worker, float* result, Of const& of) const noexcept
+    void addProducts(QuantizedMatrix const& down, TileRange tiles, QuantizedRows const& rows, size_t count,
+        Work const& work, size_t worker, float* result, Of const& of) const noexcept
     {
         float* const products = work.floats[worker];
         for (size_t i = 0; i < tiles.count; ++i)
@@ -386,8 +377,7 @@ private:
             size_t const tile = tiles.first + i;
             size_t const column = tile * kTileColumns;
             size_t const columns = std::min(kTileColumns, mDepth - column);
-            mProducts.byTile(tileOf(down, tile, i + 1 < tiles.count ? nullptr : next), rows, count, products,
-                kTileColumns, work.panels[worker]);
+            mProducts.byTile(tileOf(down, tile), rows, count, products, kTileColumns, work.panels[worker]);
             for (size_t row = 0; row < count; ++row)
             {
                 auto const [token, by] = of(row);
@@ -409,8 +399,7 @@ private:
     float mEpsilon;
     Products const& mProducts;
     std::vector<float> mRouter; // [experts, depth]
-    std::vector<QuantizedMatrix> mGate;
-    std::vector<QuantizedMatrix> mUp;
+    std::vector<GatedMatrices> mGated;
     std::vector<QuantizedMatrix> mDown;
     std::optional<SharedExpert> mShared;
     View<float> mSharedWeight;

@@ -29,8 +29,7 @@ struct Tile
     size_t scaleBytes;
     int32_t bits;
     bool hasHalfScales;
-    bool hasOffsets;     // behind the scales of each group
-    uint8_t const* next; // the codes that this thread will probably read then
+    bool hasOffsets; // behind the scales of each group
 };
 
 struct Products

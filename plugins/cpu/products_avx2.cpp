@@ -49,8 +49,6 @@ void multiplyBlock(Tile const& tile, QuantizedRows const& rows, size_t first, fl
     for (size_t group = 0; group < rows.groups; ++group)
     {
         uint8_t const* const codes = tile.codes + group * tile.codeStride;
-        // While a group is multiplied the one behind it is fetched, behind the last one the next tile's first.
-        uint8_t const* const ahead = group + 1 < rows.groups ? codes + tile.codeStride : tile.next;
         int8_t const* activations[Count];
         __m256i sums[Count][kVectors];
         for (size_t r = 0; r < Count; ++r)
@@ -65,10 +63,6 @@ void multiplyBlock(Tile const& tile, QuantizedRows const& rows, size_t first, fl
         for (size_t step = 0; step < rows.groupSize / 4; ++step)
         {
             uint8_t const* const source = codes + step * kStepBytes;
-            for (size_t line = 0; line < kStepBytes; line += 64)
-            {
-                _mm_prefetch(reinterpret_cast<char const*>(ahead + step * kStepBytes + line), _MM_HINT_T0);
-            }
             __m256i even[Count];
             __m256i odd[Count];
             for (size_t r = 0; r < Count; ++r)

@@ -107,15 +107,6 @@ void multiplyBlock(Tile const& tile, uint8_t const* codes, size_t codeStride, in
                 }
             });
         uint8_t const* weights = codes + group * codeStride;
-        // While a group is multiplied the one behind it is fetched, behind the last one the next tile's first.
-        uint8_t const* ahead = group + 1 < rows.groups ? weights + codeStride : tile.next;
-        if constexpr (Count <= 4)
-        {
-            for (size_t at = tile.codeBytes; at < tile.codeStride; at += 64)
-            {
-                _mm_prefetch(reinterpret_cast<char const*>(ahead) + at, _MM_HINT_T0);
-            }
-        }
         // Three rows share a pointer: there are not as many registers as rows.
         int8_t const* const start = rows.codes + group * rows.groupSize;
         int8_t const* pointers[(Count + 2) / 3];
@@ -126,15 +117,6 @@ void multiplyBlock(Tile const& tile, uint8_t const* codes, size_t codeStride, in
             forEach<kChains>(
                 [&](auto chain) QWENFORGE_INLINE
                 {
-                    if constexpr (Count <= 4)
-                    {
-                        _mm_prefetch(reinterpret_cast<char const*>(ahead), _MM_HINT_T0);
-                        if constexpr (Bits == 8)
-                        {
-                            _mm_prefetch(reinterpret_cast<char const*>(ahead) + 64, _MM_HINT_T0);
-                        }
-                        ahead += kStepBytes;
-                    }
                     Step const step = stepOf<Bits>(weights);
                     forEach<Count>(
                         [&](auto r) QWENFORGE_INLINE

@@ -2,6 +2,7 @@
 
 #include "cpu/half.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -63,73 +64,102 @@ bool areOneOfEachRow(StoredMatrix const& stored, size_t groups) noexcept
     return holdsForAll(stored, groups, [](float scale, float first) { return scale == first; });
 }
 
-} // namespace
-
-QuantizedMatrix::QuantizedMatrix(StoredMatrix const& stored)
-    : mColumns(stored.columns)
-    , mDepth(stored.depth)
-    , mGroupSize(stored.groupSize)
-    , mGroups((stored.depth + stored.groupSize - 1) / stored.groupSize)
-    , mBits(stored.bits)
-    , mHasHalfScales(areHalves(stored, mGroups))
-    , mHasOneScale(stored.zeroPoints == nullptr && areOneOfEachRow(stored, mGroups))
-    , mHasOffsets(stored.zeroPoints != nullptr)
+std::shared_ptr<uint8_t> zeroes(size_t bytes)
 {
-    size_t const bytes = tiles() * tileBytes();
-    mData.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, bytes)));
-    if (mData == nullptr)
+    std::shared_ptr<uint8_t> memory(static_cast<uint8_t*>(std::aligned_alloc(kAlignment, bytes)), std::free);
+    if (memory == nullptr)
     {
         throw std::bad_alloc();
     }
-    pack(stored);
+    std::memset(memory.get(), 0, bytes);
+    return memory;
 }
 
-void QuantizedMatrix::pack(StoredMatrix const& stored)
+} // namespace
+
+QuantizedMatrix::QuantizedMatrix(StoredMatrix const& stored)
+    : QuantizedMatrix(Geometry{stored})
+{
+    pack(stored, zeroes(tiles() * tileBytes()), 0, tileBytes());
+}
+
+std::pair<QuantizedMatrix, QuantizedMatrix> QuantizedMatrix::interleaved(
+    StoredMatrix const& first, StoredMatrix const& second)
+{
+    QuantizedMatrix one{Geometry{first}};
+    QuantizedMatrix other{Geometry{second}};
+    size_t const stride = one.tileBytes() + other.tileBytes();
+    auto const memory = zeroes(one.tiles() * stride);
+    one.pack(first, memory, 0, stride);
+    other.pack(second, memory, one.tileBytes(), stride);
+    return {std::move(one), std::move(other)};
+}
+
+QuantizedMatrix::QuantizedMatrix(Geometry const& geometry)
+    : mColumns(geometry.stored.columns)
+    , mDepth(geometry.stored.depth)
+    , mGroupSize(geometry.stored.groupSize)
+    , mGroups((mDepth + mGroupSize - 1) / mGroupSize)
+    , mBits(geometry.stored.bits)
+    , mHasHalfScales(areHalves(geometry.stored, mGroups))
+    , mHasOneScale(geometry.stored.zeroPoints == nullptr && areOneOfEachRow(geometry.stored, mGroups))
+    , mHasOffsets(geometry.stored.zeroPoints != nullptr)
+{
+}
+
+void QuantizedMatrix::pack(StoredMatrix const& stored, std::shared_ptr<uint8_t> memory, size_t offset, size_t stride)
+{
+    for (size_t tile = 0; tile < tiles(); ++tile)
+    {
+        packTile(stored, tile, memory.get() + offset + tile * stride);
+    }
+    mFirstTile = memory.get() + offset;
+    mTileStride = stride;
+    mMemory = std::move(memory);
+}
+
+void QuantizedMatrix::packTile(StoredMatrix const& stored, size_t tile, uint8_t* target) const noexcept
 {
     size_t const bits = static_cast<size_t>(mBits);
     size_t const groupStride = mGroupSize * bits / 8;
     size_t const zeroStride = (mGroups * bits + 7) / 8;
     float const middle = mBits == 4 ? 8.0f : 128.0f;
-    std::memset(mData.get(), 0, tiles() * tileBytes());
-    for (size_t tile = 0; tile < tiles(); ++tile)
+    size_t const scalesAt = mHasOneScale ? mGroups * groupBytes() : codeBytes();
+    for (size_t group = 0; group < mGroups; ++group)
     {
-        for (size_t group = 0; group < mGroups; ++group)
+        uint32_t* const codes = reinterpret_cast<uint32_t*>(target + group * groupBytes());
+        uint8_t* const scaleStart = target + scalesAt + group * scaleStride();
+        float* const floats = reinterpret_cast<float*>(scaleStart);
+        uint16_t* const halves = reinterpret_cast<uint16_t*>(scaleStart);
+        float* const offsets = reinterpret_cast<float*>(scaleStart + scaleBytes());
+        for (size_t i = 0; i < kTileColumns && tile * kTileColumns + i < mColumns; ++i)
         {
-            uint8_t* const start = mData.get() + tile * tileBytes();
-            uint32_t* const codes = reinterpret_cast<uint32_t*>(start + group * groupBytes());
-            uint8_t* const scaleStart = start + (scales(tile) - this->tile(tile)) + group * scaleStride();
-            float* const floats = reinterpret_cast<float*>(scaleStart);
-            uint16_t* const halves = reinterpret_cast<uint16_t*>(scaleStart);
-            float* const offsets = reinterpret_cast<float*>(scaleStart + scaleBytes());
-            for (size_t i = 0; i < kTileColumns && tile * kTileColumns + i < mColumns; ++i)
+            size_t const row = stored.firstRow + (tile * kTileColumns + i) * stored.rowStride;
+            uint8_t const* const source = stored.codes + (row * mGroups + group) * groupStride;
+            for (size_t step = 0; step < mGroupSize / kStepDepth; ++step)
             {
-                size_t const row = stored.firstRow + (tile * kTileColumns + i) * stored.rowStride;
-                uint8_t const* const source = stored.codes + (row * mGroups + group) * groupStride;
-                for (size_t step = 0; step < mGroupSize / kStepDepth; ++step)
+                uint32_t const four = fourCodes(source, step, mBits);
+                if (mBits == 4)
                 {
-                    uint32_t const four = fourCodes(source, step, mBits);
-                    if (mBits == 4)
-                    {
-                        codes[step * 16 + i % 16] |= four << (i / 16 * 4);
-                    }
-                    else
-                    {
-                        codes[step * kTileColumns + i] = four;
-                    }
-                }
-                float const scale = stored.scales[row * mGroups + group];
-                if (mHasHalfScales)
-                {
-                    halves[i] = *halfOf(scale);
+                    codes[step * 16 + i % 16] |= four << (i / 16 * 4);
                 }
                 else
                 {
-                    floats[i] = scale;
+                    codes[step * kTileColumns + i] = four;
                 }
-                if (mHasOffsets)
-                {
-                    offsets[i] = scale * (zeroPoint(stored.zeroPoints + row * zeroStride, group, mBits) - middle);
-                }
+            }
+            float const scale = stored.scales[row * mGroups + group];
+            if (mHasHalfScales)
+            {
+                halves[i] = *halfOf(scale);
+            }
+            else
+            {
+                floats[i] = scale;
+            }
+            if (mHasOffsets)
+            {
+                offsets[i] = scale * (zeroPoint(stored.zeroPoints + row * zeroStride, group, mBits) - middle);
             }
         }
     }

@@ -4,8 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
+#include <utility>
 
 namespace qwenforge::cpu
 {
@@ -39,6 +39,9 @@ class QuantizedMatrix
 {
 public:
     explicit QuantizedMatrix(StoredMatrix const& stored);
+
+    // Two matrices of as many columns whose tiles take turns in memory: whoever reads tile i of both reads one stretch.
+    static std::pair<QuantizedMatrix, QuantizedMatrix> interleaved(StoredMatrix const& first, StoredMatrix const& second);
 
     size_t columns() const noexcept
     {
@@ -90,7 +93,7 @@ public:
     }
     uint8_t const* tile(size_t index) const noexcept
     {
-        return mData.get() + index * tileBytes();
+        return mFirstTile + index * mTileStride;
     }
     uint8_t const* scales(size_t index) const noexcept // of a tile's first group
     {
@@ -102,15 +105,16 @@ public:
     }
 
 private:
-    struct Free
+    struct Geometry // nothing is packed yet
     {
-        void operator()(uint8_t* data) const noexcept
-        {
-            std::free(data);
-        }
+        StoredMatrix const& stored;
     };
 
-    void pack(StoredMatrix const& stored);
+    explicit QuantizedMatrix(Geometry const& geometry);
+
+    // Packs the tiles into `memory`, which they share, from `offset` on and `stride` bytes apart.
+    void pack(StoredMatrix const& stored, std::shared_ptr<uint8_t> memory, size_t offset, size_t stride);
+    void packTile(StoredMatrix const& stored, size_t tile, uint8_t* target) const noexcept;
 
     size_t mColumns;
     size_t mDepth;
@@ -120,7 +124,9 @@ private:
     bool mHasHalfScales;
     bool mHasOneScale;
     bool mHasOffsets;
-    std::unique_ptr<uint8_t[], Free> mData;
+    std::shared_ptr<uint8_t> mMemory;
+    uint8_t const* mFirstTile{nullptr};
+    size_t mTileStride{0};
 };
 
 } // namespace qwenforge::cpu

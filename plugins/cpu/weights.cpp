@@ -13,6 +13,42 @@ void requireElements(std::string const& name, Shape const& shape, size_t element
     }
 }
 
+// Matrices [count] of [rows, depth], one behind the other in the inputs.
+std::vector<StoredMatrix> storedAt(Node const& node, size_t first, std::string const& name, size_t count, size_t rows,
+    size_t depth, WeightFormat const& format)
+{
+    size_t const groups = (depth + format.groupSize - 1) / format.groupSize;
+    size_t const bits = static_cast<size_t>(format.bits);
+    size_t const rowBytes = groups * format.groupSize * bits / 8;
+    size_t const zeroBytes = (groups * bits + 7) / 8;
+    auto const codes = node.constant<uint8_t>(first, name.c_str());
+    auto const scales = node.constant<float>(first + 1, (name + "_scales").c_str());
+    auto const zeroPoints = node.constant<uint8_t>(first + 2, (name + "_zero_points").c_str());
+    if (!codes || !scales)
+    {
+        throw Refusal(name + " and its scales have to be there");
+    }
+    requireElements(name, codes.shape, count * rows * rowBytes);
+    requireElements(name + "_scales", scales.shape, count * rows * groups);
+    if (zeroPoints)
+    {
+        requireElements(name + "_zero_points", zeroPoints.shape, count * rows * zeroBytes);
+    }
+    std::vector<StoredMatrix> matrices;
+    for (size_t i = 0; i < count; ++i)
+    {
+        matrices.push_back({codes.data + i * rows * rowBytes, scales.data + i * rows * groups,
+            zeroPoints ? zeroPoints.data + i * rows * zeroBytes : nullptr, rows, depth, format.groupSize, format.bits});
+    }
+    return matrices;
+}
+
+GatedMatrices interleaved(StoredMatrix const& gate, StoredMatrix const& up)
+{
+    auto [first, second] = QuantizedMatrix::interleaved(gate, up);
+    return {std::move(first), std::move(second)};
+}
+
 } // namespace
 
 size_t positive(Node const& node, char const* attribute)
@@ -41,32 +77,13 @@ WeightFormat WeightFormat::of(Node const& node, char const* bits, char const* gr
 }
 
 std::vector<QuantizedMatrix> matricesAt(Node const& node, size_t first, std::string const& name, size_t count,
-    size_t rows, size_t firstRow, size_t rowStride, size_t depth, WeightFormat const& format)
+    size_t columns, size_t depth, WeightFormat const& format)
 {
-    size_t const groups = (depth + format.groupSize - 1) / format.groupSize;
-    size_t const bits = static_cast<size_t>(format.bits);
-    size_t const rowBytes = groups * format.groupSize * bits / 8;
-    size_t const zeroBytes = (groups * bits + 7) / 8;
-    auto const codes = node.constant<uint8_t>(first, name.c_str());
-    auto const scales = node.constant<float>(first + 1, (name + "_scales").c_str());
-    auto const zeroPoints = node.constant<uint8_t>(first + 2, (name + "_zero_points").c_str());
-    if (!codes || !scales)
-    {
-        throw Refusal(name + " and its scales have to be there");
-    }
-    requireElements(name, codes.shape, count * rows * rowBytes);
-    requireElements(name + "_scales", scales.shape, count * rows * groups);
-    if (zeroPoints)
-    {
-        requireElements(name + "_zero_points", zeroPoints.shape, count * rows * zeroBytes);
-    }
     std::vector<QuantizedMatrix> matrices;
     matrices.reserve(count);
-    for (size_t i = 0; i < count; ++i)
+    for (StoredMatrix const& stored : storedAt(node, first, name, count, columns, depth, format))
     {
-        matrices.emplace_back(StoredMatrix{codes.data + i * rows * rowBytes, scales.data + i * rows * groups,
-            zeroPoints ? zeroPoints.data + i * rows * zeroBytes : nullptr, rows / rowStride, depth, format.groupSize,
-            format.bits, firstRow, rowStride});
+        matrices.emplace_back(stored);
     }
     return matrices;
 }
@@ -74,7 +91,31 @@ std::vector<QuantizedMatrix> matricesAt(Node const& node, size_t first, std::str
 QuantizedMatrix matrixAt(
     Node const& node, size_t first, std::string const& name, size_t columns, size_t depth, WeightFormat const& format)
 {
-    return std::move(matricesAt(node, first, name, 1, columns, 0, 1, depth, format).front());
+    return QuantizedMatrix(storedAt(node, first, name, 1, columns, depth, format).front());
+}
+
+GatedMatrices GatedMatrices::at(Node const& node, size_t gate, size_t up, std::string const& prefix, size_t inner,
+    size_t depth, WeightFormat const& format)
+{
+    return interleaved(storedAt(node, gate, prefix + "gate", 1, inner, depth, format).front(),
+        storedAt(node, up, prefix + "up", 1, inner, depth, format).front());
+}
+
+std::vector<GatedMatrices> GatedMatrices::at(Node const& node, size_t both, std::string const& name, size_t count,
+    size_t inner, size_t depth, WeightFormat const& format)
+{
+    std::vector<GatedMatrices> matrices;
+    matrices.reserve(count);
+    for (StoredMatrix const& stored : storedAt(node, both, name, count, 2 * inner, depth, format))
+    {
+        StoredMatrix gate = stored;
+        gate.columns = inner;
+        gate.rowStride = 2;
+        StoredMatrix up = gate;
+        up.firstRow = 1;
+        matrices.push_back(interleaved(gate, up));
+    }
+    return matrices;
 }
 
 View<float> vectorAt(Node const& node, size_t input, char const* name, size_t elements)
@@ -135,24 +176,16 @@ float const* Prologue::row(Products const& products, size_t row, float* memory) 
     return memory;
 }
 
-void multiplyGateUp(Products const& products, QuantizedMatrix const& gate, QuantizedMatrix const& up, TileRange tiles,
-    QuantizedRows const& rows, size_t count, float* inner, size_t width, float* memory, uint8_t* panel) noexcept
+void multiplyGateUp(Products const& products, GatedMatrices const& matrices, size_t tile, QuantizedRows const& rows,
+    size_t count, float* inner, float* memory, uint8_t* panel) noexcept
 {
-    size_t const end = std::min(tiles.first + tiles.count, gate.tiles());
-    for (size_t tile = tiles.first; tile < end; ++tile)
+    size_t const width = matrices.width();
+    float* const gated = inner + tile * kTileColumns;
+    products.byTile(tileOf(matrices.gate, tile), rows, count, gated, width, panel);
+    products.byTile(tileOf(matrices.up, tile), rows, count, memory, kTileColumns, panel);
+    for (size_t row = 0; row < count; ++row)
     {
-        uint8_t const* const next = tile + 1 < end ? nullptr : up.tile(tiles.first);
-        products.byTile(tileOf(gate, tile, next), rows, count, inner + tile * kTileColumns, width, panel);
-    }
-    for (size_t tile = tiles.first; tile < end; ++tile)
-    {
-        uint8_t const* const next = tile + 1 < end ? nullptr : gate.tile(end);
-        products.byTile(tileOf(up, tile, next), rows, count, memory, kTileColumns, panel);
-        for (size_t row = 0; row < count; ++row)
-        {
-            products.gateBy(
-                inner + row * width + tile * kTileColumns, memory + row * kTileColumns, kTileColumns);
-        }
+        products.gateBy(gated + row * width, memory + row * kTileColumns, kTileColumns);
     }
 }
 

@@ -28,29 +28,39 @@ struct WeightFormat
 QuantizedMatrix matrixAt(
     Node const& node, size_t first, std::string const& name, size_t columns, size_t depth, WeightFormat const& format);
 
-// Matrices [count] of which each has the outputs firstRow, firstRow + rowStride, ... of `rows` stored ones.
+// As many as `count` of them, one behind the other in those inputs.
 std::vector<QuantizedMatrix> matricesAt(Node const& node, size_t first, std::string const& name, size_t count,
-    size_t rows, size_t firstRow, size_t rowStride, size_t depth, WeightFormat const& format);
+    size_t columns, size_t depth, WeightFormat const& format);
+
+// What silu(rows gate^T) * (rows up^T) takes. Their tiles take turns in memory.
+struct GatedMatrices
+{
+    QuantizedMatrix gate;
+    QuantizedMatrix up;
+
+    // From inputs of their own, `gate` and `up` the first of each; both are [inner, depth].
+    static GatedMatrices at(Node const& node, size_t gate, size_t up, std::string const& prefix, size_t inner,
+        size_t depth, WeightFormat const& format);
+
+    // From inputs that they share, `count` times [2 * inner, depth], in which rows of gate and up take turns.
+    static std::vector<GatedMatrices> at(Node const& node, size_t both, std::string const& name, size_t count,
+        size_t inner, size_t depth, WeightFormat const& format);
+
+    size_t width() const noexcept // of the result's rows: the tiles' columns
+    {
+        return gate.tiles() * kTileColumns;
+    }
+};
 
 // An initializer of so many elements; empty where the input is left out.
 View<float> vectorAt(Node const& node, size_t input, char const* name, size_t elements);
 
 size_t positive(Node const& node, char const* attribute);
 
-inline constexpr size_t kItemsOfAWorker = 8;
-
-// Tile number `index`; the thread will read `next` then, by default the tile behind it.
-inline Tile tileOf(QuantizedMatrix const& matrix, size_t index, uint8_t const* next = nullptr) noexcept
+inline Tile tileOf(QuantizedMatrix const& matrix, size_t index) noexcept
 {
     return {matrix.tile(index), matrix.groupBytes(), matrix.codeBytes(), matrix.scales(index), matrix.scaleStride(),
-        matrix.scaleBytes(), matrix.bits(), matrix.hasHalfScales(), matrix.hasOffsets(),
-        next != nullptr ? next : matrix.tile(index + 1)};
-}
-
-// How many of `tiles` make an item: threads read long stretches of a matrix, and still end together.
-inline size_t tilesOfAnItem(size_t tiles, size_t workers) noexcept
-{
-    return std::max<size_t>(1, tiles / (kItemsOfAWorker * workers));
+        matrix.scaleBytes(), matrix.bits(), matrix.hasHalfScales(), matrix.hasOffsets()};
 }
 
 // Rows of activations for products by matrices of this depth and group size, of undefined content.
@@ -81,16 +91,10 @@ struct Prologue
     float const* row(Products const& products, size_t row, float* memory) const noexcept;
 };
 
-struct TileRange
-{
-    size_t first;
-    size_t count; // as far as there are so many
-};
-
-// inner [count, width], columns of the tiles = silu(rows gate^T) * (rows up^T). `memory` [count, 32] and `panel` are the
-// worker's.
-void multiplyGateUp(Products const& products, QuantizedMatrix const& gate, QuantizedMatrix const& up, TileRange tiles,
-    QuantizedRows const& rows, size_t count, float* inner, size_t width, float* memory, uint8_t* panel) noexcept;
+// inner [count, matrices.width()], the tile's columns = silu(rows gate^T) * (rows up^T). `memory` [count, 32] and `panel`
+// are the worker's.
+void multiplyGateUp(Products const& products, GatedMatrices const& matrices, size_t tile, QuantizedRows const& rows,
+    size_t count, float* inner, float* memory, uint8_t* panel) noexcept;
 
 // So few rows are made ready by the thread that calls: the others would have to wait for it either way.
 inline constexpr size_t kFewRows = 4;

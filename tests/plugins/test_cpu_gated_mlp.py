@@ -34,8 +34,13 @@ def _forms() -> list[GatedMlpCase]:
                 wants_sum=i % 3 == 0,
             )
         )
-    # Wide ones: several tiles in an item, and several items for each thread.
+    # Wide ones: many tiles for each thread.
     found += [GatedMlpCase(bits=bits, rows=rows, hidden=64, inner=1700) for bits in (4, 8) for rows in (1, 6)]
+    found += [
+        GatedMlpCase(bits=bits, rows=rows, up_float_scales=True, zero_points=bits == 8)
+        for bits in (4, 8)
+        for rows in (1, 6)
+    ]
     return found
 
 

@@ -15,7 +15,10 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class GatedMlpCase:
-    """``hidden`` and ``inner`` are the two widths; gate and up have one form, down its own."""
+    """``hidden`` and ``inner`` are the two widths; gate and up have one form, down its own.
+
+    ``up_float_scales``: up's scales are no halves whatever gate's are, so that their tiles differ in size.
+    """
 
     bits: int = 4
     group: int = 32
@@ -26,6 +29,7 @@ class GatedMlpCase:
     inner: int = 160
     leading: tuple[int, ...] = ()
     half_scales: bool = True
+    up_float_scales: bool = False
     zero_points: bool = False
     residual: bool = False
     norm: bool = False
@@ -37,7 +41,15 @@ class GatedMlpCase:
         form = functools.partial(Stored.random, half_scales=self.half_scales)
         return (
             form(self.inner, self.hidden, self.bits, self.group, zero_points=self.zero_points, seed=1),
-            form(self.inner, self.hidden, self.bits, self.group, zero_points=self.zero_points, seed=2),
+            form(
+                self.inner,
+                self.hidden,
+                self.bits,
+                self.group,
+                half_scales=self.half_scales and not self.up_float_scales,
+                zero_points=self.zero_points,
+                seed=2,
+            ),
             form(self.hidden, self.inner, self.down_bits, self.down_group, zero_points=not self.zero_points, seed=3),
         )
 
@@ -83,7 +95,7 @@ class GatedMlpCase:
         return Job(model, fed, threads)
 
     def __str__(self) -> str:
-        flags = ("half_scales", "zero_points", "residual", "norm", "wants_sum")
+        flags = ("half_scales", "up_float_scales", "zero_points", "residual", "norm", "wants_sum")
         words = [name for name in flags if getattr(self, name)]
         forms = f"int{self.bits} by {self.group}, int{self.down_bits} by {self.down_group}"
         return " ".join([f"{self.rows}x{self.hidden}x{self.inner}", forms, *words])
