@@ -128,7 +128,7 @@ def _decode(session: GraphSession, cache: KeyValueCache, running: list[RunningSe
     step = session.bind(cache, first_row=0, batch=len(running), new_tokens=1, logits_count=1)
     step.advance_positions(np.array([sequence.cached for sequence in running], np.int64))
     while True:
-        step.input_ids[:, 0] = [sequence.tokens[-1] for sequence in running]
+        step.take([sequence.tokens[-1] for sequence in running])
         logits = step.run()
         for row, sequence in enumerate(running):
             yield sequence.extend(logits[row, 0])

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,20 +251,25 @@ class GraphSession:
         Raises:
             BundleError: the graph fails, as one whose shapes are not what its signature says does.
         """
-        import onnxruntime
-
-        options = None
-        if self._one_at_a_time is not None:
-            options = onnxruntime.RunOptions()
-            options.add_run_config_entry("gpu_graph_id", str(graph_id))
         try:
-            with self._one_at_a_time or nullcontext():
-                self._session.run_with_iobinding(binding, options)
+            if self._one_at_a_time is None:
+                self._session.run_with_iobinding(binding, None)
+            else:
+                self._run_captured(binding, graph_id)
         # As when loading: no common base below Exception.
         except Exception as error:
             raise BundleError(
                 f"{self.model_path}: ONNX Runtime cannot run the model: {_first_line(error)}; export the bundle again"
             ) from error
+
+    def _run_captured(self, binding: Any, graph_id: int) -> None:
+        import onnxruntime
+
+        assert self._one_at_a_time is not None
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        with self._one_at_a_time:
+            self._session.run_with_iobinding(binding, options)
 
     def io_binding(self) -> Any:
         """A new, empty binding of the session."""
@@ -304,6 +308,9 @@ class BoundStep:
         arrays = (self._inputs[name].array for name in _STEP_INPUTS)
         self.input_ids, self.position_ids, self.cache_position, self.logits_index = arrays
         self.logits: NDArray[np.float32] = self._logits.array
+        # Between two steps NumPy's code has left the caches: a few numbers are sooner written without it.
+        self._tokens = memoryview(self.input_ids.reshape(-1))
+        self._positions = tuple(memoryview(each.reshape(-1)) for each in (self.cache_position, self.position_ids))
         self._binding = session.io_binding()
         for name, tensor in self._inputs.items():
             self._bind(self._binding.bind_input, name, tensor, "int64", shapes[name], tensor.address)
@@ -345,8 +352,14 @@ class BoundStep:
         self._last += 1
         if self._last > self._cache.capacity:
             raise ValueError(f"a step to position {self._last} overruns a cache of {self._cache.capacity} tokens")
-        self.cache_position += 1
-        self.position_ids += 1
+        for positions in self._positions:
+            for row in range(len(positions)):
+                positions[row] += 1
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Set ``input_ids`` of a step of single tokens, a token a row."""
+        for row, token in enumerate(tokens):
+            self._tokens[row] = token
 
     def run(self) -> NDArray[np.float32]:
         """Run the graph: the cache is updated in place; returns ``logits`` (the reused array).

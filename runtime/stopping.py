@@ -37,6 +37,8 @@ class StopStrings:
         """Take more text; return what can be shown. After a stop string was found, always the empty string."""
         if self.found is not None:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         # The one completed first ends the text, so that the result does not depend on how the text was cut.
         hits = [(self._held.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
