@@ -32,11 +32,11 @@ size_t vectorsOf(size_t floats) noexcept
     return (floats + kLanes - 1) / kLanes;
 }
 
-// Asks for what stands 32 KiB behind to be brought into the level-2 cache: the processor itself looks less far. Nothing
-// happens where there is no memory.
+// Asks for what stands a page behind to be brought into the level-2 cache: the processor itself stops at a page's end.
+// From much farther on, what comes first has to wait. Nothing happens where there is no memory.
 inline void fetchAhead(void const* address) noexcept
 {
-    __builtin_prefetch(reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(address) + (32 << 10)), 0, 2);
+    __builtin_prefetch(reinterpret_cast<void const*>(reinterpret_cast<uintptr_t>(address) + (4 << 10)), 0, 2);
 }
 
 constexpr size_t kCacheLine = 64; // bytes
