@@ -36,7 +36,10 @@ enum Output
 };
 
 constexpr size_t kRouterColumns = 8; // of one item where there are few rows
-constexpr size_t kItemsOfAWorker = 8; // of the down projections: each reads a long stretch of every expert
+// Items of the down projections for each worker. One reads a stretch of every expert, where each begins anew: with few
+// rows, when reading is what takes the time, the stretches are long.
+constexpr size_t kDownItems = 8;
+constexpr size_t kDownItemsOfFewRows = 2;
 
 struct TileRange
 {
@@ -328,7 +331,8 @@ private:
             };
         }
         size_t const tiles = mDown[0].tiles();
-        size_t const chunk = std::max<size_t>(1, tiles / (kItemsOfAWorker * stages.workers()));
+        size_t const items = (work.few ? kDownItemsOfFewRows : kDownItems) * stages.workers();
+        size_t const chunk = std::max<size_t>(1, tiles / items);
         stages.add(
             (tiles + chunk - 1) / chunk,
             [this, &work, result, tiles, chunk](size_t item, size_t worker)
