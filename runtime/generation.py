@@ -129,9 +129,9 @@ def _decode(session: GraphSession, cache: KeyValueCache, running: list[RunningSe
     step.advance_positions(np.array([sequence.cached for sequence in running], np.int64))
     while True:
         step.take([sequence.tokens[-1] for sequence in running])
-        logits = step.run()
-        for row, sequence in enumerate(running):
-            yield sequence.extend(logits[row, 0])
+        step.run()
+        for sequence, logits in zip(running, step.next_logits, strict=True):
+            yield sequence.extend(logits)
         if any(sequence.finish_reason is not None for sequence in running):
             return
         step.advance_by_one()

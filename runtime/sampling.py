@@ -140,6 +140,7 @@ class Sampler:
     def __init__(self, options: SamplingOptions, sample: int = 0) -> None:
         """``sample`` is the sequence's number among the n of its prompt."""
         self.options = options
+        self._takes_best = options.greedy and options.repetition_penalty == 1.0
         self._random = np.random.default_rng(None if options.seed is None else (options.seed, sample))
 
     def choose(self, scores: Scores, seen: Iterable[int]) -> int:
@@ -155,9 +156,11 @@ class Sampler:
                 f"the model's logits hold {best}: its weights are damaged, or float16 overflowed; "
                 "export with --dtype fp32"
             )
+        if self._takes_best:
+            return int(first)
         processed = process(scores, self.options, seen)
         if self.options.greedy:
-            return int(first if processed is scores else processed.argmax())
+            return int(processed.argmax())
         candidates = np.flatnonzero(processed > -np.inf)
         cumulative = np.cumsum(_softmax(processed[candidates]))
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")

@@ -285,6 +285,7 @@ class BoundStep:
         cache_position: [B] int64.
         logits_index: [B, N] int64.
         logits: [B, N, V] fp32, overwritten by every run.
+        next_logits: of each row those of its last token, [V], parts of ``logits``.
     """
 
     def __init__(
@@ -308,6 +309,7 @@ class BoundStep:
         arrays = (self._inputs[name].array for name in _STEP_INPUTS)
         self.input_ids, self.position_ids, self.cache_position, self.logits_index = arrays
         self.logits: NDArray[np.float32] = self._logits.array
+        self.next_logits = [self.logits[row, -1] for row in range(batch)]
         # Between two steps NumPy's code has left the caches: a few numbers are sooner written without it.
         self._tokens = memoryview(self.input_ids.reshape(-1))
         self._positions = tuple(memoryview(each.reshape(-1)) for each in (self.cache_position, self.position_ids))

@@ -42,6 +42,8 @@ class Tokenizer:
         in_config = self._config.get("chat_template")
         self._template = chat_template or (in_config if isinstance(in_config, str) else None)
         self.special_tokens = special_tokens(self._config)
+        self.joins_bytes = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
+        """Whether text is the tokens' bytes joined, as Qwen's is: no token's depends on those before it."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of ``text``; special tokens written in it are recognized.
@@ -111,8 +113,8 @@ class IncrementalDecoder:
     """Detokenises a growing sequence into pieces that are never cut inside a character.
 
     A piece is the difference between the text of a window of recent tokens with and without the new ones; the
-    window's first part gives the decoder the context it needs (a leading space, for instance). While the window's
-    text ends in U+FFFD a character may be incomplete, and the piece waits for the next token.
+    window's first part gives the decoder the context it needs (a leading space, for instance), if it needs any. While
+    the window's text ends in U+FFFD a character may be incomplete, and the piece waits for the next token.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -132,14 +134,14 @@ class IncrementalDecoder:
     def _release(self, *, final: bool) -> str:
         if not self._pending:
             return ""
-        before = self._tokenizer.decode(self._context)
+        before = self._tokenizer.decode(self._context) if self._context else ""
         after = self._tokenizer.decode([*self._context, *self._pending])
         if len(after) <= len(before) or (after.endswith(REPLACEMENT) and not final):
             if final:
                 self._context, self._pending = [*self._context, *self._pending], []
             return ""
         piece = after[len(before) :]
-        self._context, self._pending = self._pending, []
+        self._context, self._pending = [] if self._tokenizer.joins_bytes else self._pending, []
         return piece
 
 
