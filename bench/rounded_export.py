@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qwenforge.bundle_writer import BundleWriter
 from qwenforge.engine.bundle_facts import bundle_facts
 from qwenforge.engine.cpu_kernels import choose_kernels
-from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, Optimize, lower_quantized, save_graphs
+from qwenforge.engine.ort_cpu_graphs import Optimize, lower_quantized, save_graphs
 from qwenforge.exporter import weights
 from qwenforge.exporter.block_codes import rounded
 from qwenforge.exporter.checkpoint import Checkpoint
@@ -77,7 +77,7 @@ def export_rounded(
         facts = bundle_facts(source, graphs.decode, "ort-cpu", "fp32", "copy", limits, None)
         record = record.model_copy(update={"cache": graphs.cache})
         facts = facts.model_copy(
-            update={"ort_cpu": record, "prefill": graphs.record, "session_options": SESSION_OPTIONS}
+            update={"ort_cpu": record, "prefill": graphs.record, "session_options": graphs.session_options}
         )
         return writer.commit(facts, known_sha256={file.path.name: file.sha256 for file in saved.files})
 

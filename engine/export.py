@@ -27,7 +27,7 @@ from qwenforge.engine.export_requirements import (
     require_fused,
     require_weight_inputs,
 )
-from qwenforge.engine.ort_cpu_graphs import SESSION_OPTIONS, TWIN_NAME, lower_quantized, save_graphs
+from qwenforge.engine.ort_cpu_graphs import TWIN_NAME, lower_quantized, save_graphs
 from qwenforge.engine.prompts import verification_prompts
 from qwenforge.engine.quantization_request import QuantizationRequest, require_device, require_target
 from qwenforge.engine.quantized_export import QuantizedExport, kept_work_folder
@@ -343,7 +343,7 @@ def export_checkpoint(
                 dtype=chosen,
                 unquantized_bytes=unquantized_bytes,
                 quantized_bytes=data_bytes,
-                session_options=SESSION_OPTIONS if graphs is not None else {},
+                session_options=graphs.session_options if graphs is not None else {},
             )
             refuse_beyond_budget(outcome, Path(output))
             writer.add_text(ACCURACY_PAGE, accuracy_page(outcome))
@@ -370,7 +370,7 @@ def export_checkpoint(
         if ort_cpu is not None:
             facts = facts.model_copy(update={"ort_cpu": ort_cpu})
         if graphs is not None:
-            facts = facts.model_copy(update={"prefill": graphs.record, "session_options": SESSION_OPTIONS})
+            facts = facts.model_copy(update={"prefill": graphs.record, "session_options": graphs.session_options})
         recorded = outcome.record() if outcome is not None else stored_record
         if recorded is not None:
             facts = facts.model_copy(update={"quantization": recorded})

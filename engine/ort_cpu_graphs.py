@@ -42,14 +42,10 @@ PREFILL_TOKENS = 16
 TWIN_NAME = ".verify-twin.onnx"
 """The same model by kernels that round no activations, beside the bundle's graphs while those are verified."""
 
-SESSION_OPTIONS = {
-    # Two sessions take turns: the threads of the one that is done must not spin beside the other's.
+OPTIONS_OF_TWO_SESSIONS = {
+    # They take turns: the threads of the one that is done must not spin beside the other's.
     "session.force_spinning_stop": "1",
 }
-"""Session configuration of quantized bundles.
-
-Prepacking is never turned off: MatMulNBits is some 60 times slower without.
-"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,14 @@ class CpuGraphs:
     def record(self) -> PrefillRecord | None:
         """The manifest's record of the prefill graph."""
         return PrefillRecord(file=PREFILL_NAME, minimum_tokens=PREFILL_TOKENS) if self.prefill is not None else None
+
+    @property
+    def session_options(self) -> dict[str, str]:
+        """Session configuration of a bundle of these graphs.
+
+        Prepacking is never turned off: MatMulNBits is some 60 times slower without.
+        """
+        return dict(OPTIONS_OF_TWO_SESSIONS) if self.prefill is not None else {}
 
     @property
     def cache(self) -> CpuCache:

@@ -311,8 +311,8 @@ class BoundStep:
         self.logits: NDArray[np.float32] = self._logits.array
         self.next_logits = [self.logits[row, -1] for row in range(batch)]
         # Between two steps NumPy's code has left the caches: a few numbers are sooner written without it.
-        self._tokens = memoryview(self.input_ids.reshape(-1))
-        self._positions = tuple(memoryview(each.reshape(-1)) for each in (self.cache_position, self.position_ids))
+        self._tokens = _numbers(self.input_ids)
+        self._positions = (_numbers(self.cache_position), _numbers(self.position_ids))
         self._binding = session.io_binding()
         for name, tensor in self._inputs.items():
             self._bind(self._binding.bind_input, name, tensor, "int64", shapes[name], tensor.address)
@@ -379,6 +379,12 @@ class BoundStep:
         """Let go of what was captured; the step cannot be run again."""
         self._session.release_graph(self._graph_id)
         self._graph_id = _NO_CAPTURE
+
+
+def _numbers(array: NDArray[np.int64]) -> memoryview[int]:
+    """The elements of a contiguous array, to be read and written one by one."""
+    flat: Any = array.reshape(-1)
+    return memoryview(flat)
 
 
 def _first_line(error: Exception) -> str:

@@ -52,6 +52,7 @@ def _kinds(model: ir.Model) -> Counter[str]:
 def test_latency_has_blocks_to_decode_and_integers_to_prefill() -> None:
     graphs = _graphs("latency")
     assert graphs.prefill is not None and graphs.record is not None
+    assert graphs.session_options == {"session.force_spinning_stop": "1"}
     decode, many = _kinds(graphs.decode), _kinds(graphs.prefill)
     products = 5 * 3  # packed q, k and v; o; gate and up, each its own; down
     assert decode["MatMulIntegerToFloat"] == 0 and decode["MatMulNBits"] == products + 1
@@ -62,6 +63,7 @@ def test_latency_has_blocks_to_decode_and_integers_to_prefill() -> None:
 def test_memory_has_one_graph() -> None:
     graphs = _graphs("memory")
     assert graphs.prefill is None and graphs.record is None and "MatMulNBits" in _kinds(graphs.decode)
+    assert graphs.session_options == {}
 
 
 def test_model_without_quantized_products_needs_no_second_graph() -> None:
