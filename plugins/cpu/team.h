@@ -43,6 +43,12 @@ private:
     {
         std::atomic<size_t> next{0};
         size_t end{0};
+
+        size_t left() const noexcept
+        {
+            size_t const first = next.load(std::memory_order_relaxed);
+            return first < end ? end - first : 0;
+        }
     };
 
     struct Stage
