@@ -42,11 +42,6 @@ PREFILL_TOKENS = 16
 TWIN_NAME = ".verify-twin.onnx"
 """The same model by kernels that round no activations, beside the bundle's graphs while those are verified."""
 
-OPTIONS_OF_TWO_SESSIONS = {
-    # They take turns: the threads of the one that is done must not spin beside the other's.
-    "session.force_spinning_stop": "1",
-}
-
 
 @dataclass(frozen=True)
 class CpuGraphs:
@@ -64,9 +59,10 @@ class CpuGraphs:
     def session_options(self) -> dict[str, str]:
         """Session configuration of a bundle of these graphs.
 
-        Prepacking is never turned off: MatMulNBits is some 60 times slower without.
+        Two sessions take turns: the threads of the one that is done must not spin beside the other's. Prepacking is
+        never turned off: MatMulNBits is some 60 times slower without.
         """
-        return dict(OPTIONS_OF_TWO_SESSIONS) if self.prefill is not None else {}
+        return {"session.force_spinning_stop": "1"} if self.prefill is not None else {}
 
     @property
     def cache(self) -> CpuCache:

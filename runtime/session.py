@@ -255,21 +255,13 @@ class GraphSession:
             if self._one_at_a_time is None:
                 self._session.run_with_iobinding(binding, None)
             else:
-                self._run_captured(binding, graph_id)
+                with self._one_at_a_time:
+                    self._session.run_with_iobinding(binding, _options_of(graph_id))
         # As when loading: no common base below Exception.
         except Exception as error:
             raise BundleError(
                 f"{self.model_path}: ONNX Runtime cannot run the model: {_first_line(error)}; export the bundle again"
             ) from error
-
-    def _run_captured(self, binding: Any, graph_id: int) -> None:
-        import onnxruntime
-
-        assert self._one_at_a_time is not None
-        options = onnxruntime.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        with self._one_at_a_time:
-            self._session.run_with_iobinding(binding, options)
 
     def io_binding(self) -> Any:
         """A new, empty binding of the session."""
@@ -379,6 +371,15 @@ class BoundStep:
         """Let go of what was captured; the step cannot be run again."""
         self._session.release_graph(self._graph_id)
         self._graph_id = _NO_CAPTURE
+
+
+def _options_of(graph_id: int) -> Any:
+    """Options of a run that captures or replays ``graph_id``."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return options
 
 
 def _numbers(array: NDArray[np.int64]) -> memoryview[int]:

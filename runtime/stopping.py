@@ -46,7 +46,7 @@ class StopStrings:
             end, _, self.found = min(hits)
             shown, self._held = self._held[: end - len(self.found)], ""
             return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
