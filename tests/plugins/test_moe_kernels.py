@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
-from qwenforge.plugins.moe.packing import (
-    ROW_GROUP,
-    Expert,
-    WeightType,
-    pack_experts,
-    unpack_int4,
-    unpack_int8,
-)
+from qwenforge.plugins.moe.packing import ROW_GROUP, WeightType
 from support import simt
+from support.moe_kernel_case import DTYPES, Inputs, Shape, error, reference, run
 from support.tolerances import BFLOAT16, FLOAT8, FLOAT16
 
 pytestmark = pytest.mark.skipif(bool(simt.why_missing()), reason=simt.why_missing() or "-")
-
-DTYPES = {"float16": (torch.float16, FLOAT16), "bfloat16": (torch.bfloat16, BFLOAT16)}
-
 
 PATHS = {"table": 0, "eight": 1, "sixteen": 2, "wide": 3}
 """qwenforge::MoePath. The last one only in the emulator, where plain loops stand for the grouped GEMM; on a GPU,
@@ -41,171 +30,6 @@ WEIGHTS = {
     "fp8": (WeightType.FLOAT8, ROW_GROUP),
 }
 PACKED = list(WEIGHTS)[1:]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """T tokens, C hidden size, I intermediate size, E experts, El local and Es shared ones, K of a token."""
-
-    tokens: int = 5
-    hidden: int = 64
-    width: int = 32
-    experts: int = 8
-    shared: int = 0
-    top_k: int = 2
-    normalize: bool = False
-    path: int = 0
-    weight_type: WeightType = WeightType.FLOAT
-    group_size: int = ROW_GROUP
-    first_local: int = 0
-    local: int | None = None
-    """All of them if None."""
-
-    @property
-    def stored(self) -> int:
-        """El + Es."""
-        return (self.experts if self.local is None else self.local) + self.shared
-
-    @property
-    def numbers(self) -> list[float]:
-        """As the driver takes them."""
-        routed = [self.experts, self.first_local, self.stored - self.shared, self.shared, self.top_k, self.normalize]
-        return [self.tokens, self.hidden, self.width, *routed, self.weight_type, self.group_size, self.path]
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """hidden [T, C], logits [T, E], gate and up [E + Es, I, C], down [E + Es, C, I], gates [T, 1]."""
-
-    hidden: torch.Tensor
-    logits: torch.Tensor
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-    gates: torch.Tensor
-
-    @staticmethod
-    def random(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*size: int, scale: float) -> torch.Tensor:
-            return (torch.randn(size, generator=generator) * scale).to(dtype)
-
-        stored = shape.experts + shape.shared
-        return Inputs(
-            hidden=draw(shape.tokens, shape.hidden, scale=1.0),
-            logits=draw(shape.tokens, shape.experts, scale=2.0),
-            gate=draw(stored, shape.width, shape.hidden, scale=shape.hidden**-0.5),
-            up=draw(stored, shape.width, shape.hidden, scale=shape.hidden**-0.5),
-            down=draw(stored, shape.hidden, shape.width, scale=shape.width**-0.5),
-            gates=draw(shape.tokens, 1, scale=1.0),
-        )
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What the kernels get of the weights, and the float64 values that stands for: gate_up [stored, 2 I, C], down."""
-
-    tensors: list[np.ndarray]
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    activation_scales: torch.Tensor | None
-
-
-def _packed(shape: Shape, inputs: Inputs) -> Packed:
-    return _pack_once(replace(shape, path=0, tokens=0), inputs)
-
-
-@functools.lru_cache(maxsize=4)
-def _pack_once(shape: Shape, inputs: Inputs) -> Packed:
-    local = [*range(shape.first_local, shape.first_local + shape.stored - shape.shared)]
-    kept = [*local, *range(shape.experts, shape.experts + shape.shared)]
-    gate, up, down = (value[kept] for value in (inputs.gate, inputs.up, inputs.down))
-    rows = torch.stack([gate.unflatten(1, (-1, 8)), up.unflatten(1, (-1, 8))], 2).flatten(1, 3)
-    if shape.weight_type is WeightType.FLOAT:
-        return Packed([_bits(rows), _bits(down)], rows.double(), down.double(), None)
-    scales_as = ml_dtypes.bfloat16 if gate.dtype == torch.bfloat16 else np.float16
-    experts = (Expert(*(value.float().numpy() for value in one)) for one in zip(gate, up, down, strict=True))
-    made = list(pack_experts(experts, shape.weight_type, group_size=shape.group_size, scale_dtype=scales_as))
-    tensors, values = [], []
-    for part in ("gate_up", "down"):
-        data, scales = (np.stack([getattr(one, name) for one in made]) for name in (part, f"{part}_scales"))
-        tensors.append((data, scales))
-        values.append(_dequantized(shape, data, scales))
-    activations = None
-    if shape.weight_type is WeightType.FLOAT8:
-        activations = torch.linspace(0.008, 0.012, 1 + shape.stored)
-    arrays = [data for data, _ in tensors] + [scales for _, scales in tensors]
-    return Packed(arrays, values[0], values[1], activations)
-
-
-def _dequantized(shape: Shape, data: np.ndarray, scales: np.ndarray) -> torch.Tensor:
-    match shape.weight_type:
-        case WeightType.INT8:
-            values = unpack_int8(data).astype(np.float64)
-        case WeightType.INT4:
-            values = unpack_int4(data).astype(np.float64)
-        case _:
-            values = data.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-    of_column = np.repeat(scales.astype(np.float64), min(shape.group_size, values.shape[-1]), 1)[:, : values.shape[-1]]
-    return torch.from_numpy(values * np.swapaxes(of_column, 1, 2))
-
-
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.int16).numpy()
-
-
-def _reference(shape: Shape, inputs: Inputs) -> torch.Tensor:
-    """float64, one token and one expert at a time, with the weights that the packed ones stand for."""
-    packed = _packed(shape, inputs)
-    split = packed.gate_up.unflatten(1, (-1, 2, 8))
-    gate, up = split[:, :, 0].flatten(1, 2), split[:, :, 1].flatten(1, 2)
-    hidden, down, scales = inputs.hidden.double(), packed.down, packed.activation_scales
-    probabilities = torch.softmax(inputs.logits.double(), -1)
-    result = torch.zeros(shape.tokens, shape.hidden, dtype=torch.float64)
-    for token in range(shape.tokens):
-        # The lower id where two are equal: a stable sort in falling order.
-        order = torch.argsort(probabilities[token], descending=True, stable=True)[: shape.top_k].tolist()
-        weights = {expert: float(probabilities[token, expert]) for expert in order}
-        if shape.normalize:
-            total = sum(weights.values())
-            weights = {expert: weight / total for expert, weight in weights.items()}
-        local = {expert - shape.first_local: weight for expert, weight in weights.items()}
-        local = {expert: weight for expert, weight in local.items() if 0 <= expert < shape.stored - shape.shared}
-        opened = float(torch.sigmoid(inputs.gates[token, 0].double()))
-        local |= {shape.stored - shape.shared + index: opened for index in range(shape.shared)}
-        for expert, weight in local.items():
-            x = hidden[token] if scales is None else _float8(hidden[token], scales[0])
-            active = torch.nn.functional.silu(gate[expert] @ x) * (up[expert] @ x)
-            if scales is not None:
-                active = _float8(active, scales[1 + expert])
-            result[token] += weight * (down[expert] @ active)
-    return result
-
-
-def _float8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """What is left of ``values`` as E4M3 numbers times ``scale``."""
-    quantized = (values / scale.double()).clamp(-448, 448).float().to(torch.float8_e4m3fn)
-    return quantized.double() * scale.double()
-
-
-def _run(shape: Shape, inputs: Inputs, dtype: str, **options: Any) -> torch.Tensor:
-    packed = _packed(shape, inputs)
-    arrays = [_bits(inputs.hidden), _bits(inputs.logits), *packed.tensors[:2]]
-    if shape.shared:
-        arrays.append(_bits(inputs.gates))
-    arrays += packed.tensors[2:]
-    if packed.activation_scales is not None:
-        arrays.append(packed.activation_scales.numpy())
-    raw = simt.run("moe", dtype, shape.numbers, arrays, **options)
-    flat = torch.from_numpy(np.frombuffer(raw, np.int16).copy()).view(DTYPES[dtype][0])
-    return flat.view(shape.tokens, shape.hidden)
-
-
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value expected."""
-    return float((found.double() - expected).abs().max() / expected.abs().max())
-
 
 SHAPES = {
     "plain": Shape(),
@@ -243,14 +67,14 @@ PACKED_SHAPES = {
 def test_experts_agree_with_float64(name: str, path: str, dtype: str) -> None:
     shape = replace(SHAPES[name], path=PATHS[path])
     inputs = Inputs.random(shape, DTYPES[dtype][0], seed=len(name))
-    assert _error(_run(shape, inputs, dtype), _reference(shape, inputs)) < DTYPES[dtype][1]
+    assert error(run(shape, inputs, dtype), reference(shape, inputs)) < DTYPES[dtype][1]
 
 
 @pytest.mark.parametrize("path", list(PATHS))
 def test_tokens_behind_a_chunk_are_the_next_chunk(path: str) -> None:
     shape = Shape(tokens=2050, hidden=16, width=8, experts=3, top_k=1, shared=1, path=PATHS[path])
     inputs = Inputs.random(shape, torch.float16, seed=8)
-    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < FLOAT16
+    assert error(run(shape, inputs, "float16"), reference(shape, inputs)) < FLOAT16
 
 
 @pytest.mark.parametrize("weights", PACKED)
@@ -259,7 +83,7 @@ def test_tokens_behind_a_chunk_are_the_next_chunk_with_packed_weights(weights: s
     shape = Shape(tokens=2051, width=64, experts=2, top_k=1, weight_type=kind, group_size=group_size)
     inputs = Inputs.random(shape, torch.float16, seed=9)
     bound = FLOAT8 if kind is WeightType.FLOAT8 else FLOAT16
-    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < bound
+    assert error(run(shape, inputs, "float16"), reference(shape, inputs)) < bound
 
 
 @pytest.mark.skipif(simt.ON_GPU, reason="the path needs CUTLASS on a GPU")
@@ -267,7 +91,7 @@ def test_tokens_behind_a_chunk_are_the_next_chunk_with_packed_weights(weights: s
 def test_rows_longer_than_a_block_are_gathered_and_activated(hidden: int, width: int) -> None:
     shape = Shape(tokens=3, hidden=hidden, width=width, experts=2, top_k=1, path=PATHS["grouped"])
     inputs = Inputs.random(shape, torch.float16, seed=10)
-    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < FLOAT16
+    assert error(run(shape, inputs, "float16"), reference(shape, inputs)) < FLOAT16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,7 +104,7 @@ def test_packed_weights_agree_with_float64(name: str, weights: str, path: str, d
     inputs = Inputs.random(shape, DTYPES[dtype][0], seed=len(name))
     # An activation on the edge between two E4M3 numbers may fall to either side.
     bound = FLOAT8 if kind is WeightType.FLOAT8 else DTYPES[dtype][1]
-    assert _error(_run(shape, inputs, dtype), _reference(shape, inputs)) < bound
+    assert error(run(shape, inputs, dtype), reference(shape, inputs)) < bound
 
 
 @pytest.mark.parametrize("first_local", [0, 3])
@@ -295,11 +119,11 @@ def test_parts_of_the_experts_are_right_each(weights: str, path: str, first_loca
     inputs = Inputs.random(replace(whole, shared=2), torch.float16, seed=3)
     inputs.logits[:, 13:] = -30
     bound = FLOAT8 if kind is WeightType.FLOAT8 else FLOAT16
-    largest = _reference(replace(whole, shared=2), inputs).abs().max()
+    largest = reference(replace(whole, shared=2), inputs).abs().max()
     for start, count, shared in ((first_local, 9, 2), (first_local + 9, 4 - first_local, 0), (13, 3, 0)):
         part = replace(whole, first_local=start, local=count, shared=shared)
-        expected = _reference(part, inputs)
-        found = _run(part, inputs, "float16")
+        expected = reference(part, inputs)
+        found = run(part, inputs, "float16")
         assert float((found.double() - expected).abs().max() / largest) < bound
     assert not found.any()
 
@@ -319,7 +143,7 @@ def test_nothing_outside_the_tensors_is_touched(name: str, weights: str, path: s
     shape = replace(shape, path=PATHS[path], weight_type=kind, group_size=group_size)
     inputs = Inputs.random(shape, torch.bfloat16, seed=1)
     bound = FLOAT8 if kind is WeightType.FLOAT8 else BFLOAT16
-    assert _error(_run(shape, inputs, "bfloat16", checked=True), _reference(shape, inputs)) < bound
+    assert error(run(shape, inputs, "bfloat16", checked=True), reference(shape, inputs)) < bound
 
 
 @pytest.mark.parametrize("path", TILED)
@@ -331,7 +155,7 @@ def test_every_order_of_threads_gives_the_same_bits(name: str, weights: str, pat
     inputs = Inputs.random(shape, torch.float16, seed=2)
     # On a GPU the hardware orders them, twice.
     orders = (0, 1) if simt.ON_GPU else (0, 1, 2, 3)
-    first, *others = (_run(shape, inputs, "float16", schedule=number) for number in orders)
+    first, *others = (run(shape, inputs, "float16", schedule=number) for number in orders)
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -339,7 +163,7 @@ def test_every_order_of_threads_gives_the_same_bits(name: str, weights: str, pat
 def test_no_token_is_no_work(weights: str) -> None:
     kind, group_size = WEIGHTS[weights]
     shape = Shape(tokens=0, width=64, weight_type=kind, group_size=group_size)
-    assert _run(shape, Inputs.random(shape, torch.float16), "float16").shape == (0, shape.hidden)
+    assert run(shape, Inputs.random(shape, torch.float16), "float16").shape == (0, shape.hidden)
 
 
 def test_experts_without_a_token_and_one_with_all_of_them() -> None:
@@ -347,7 +171,7 @@ def test_experts_without_a_token_and_one_with_all_of_them() -> None:
     inputs = Inputs.random(shape, torch.float16, seed=3)
     inputs.logits[:] = 0
     inputs.logits[:, 4] = 20
-    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < FLOAT16
+    assert error(run(shape, inputs, "float16"), reference(shape, inputs)) < FLOAT16
 
 
 def test_of_equal_logits_the_lower_ids_are_chosen() -> None:
@@ -356,7 +180,7 @@ def test_of_equal_logits_the_lower_ids_are_chosen() -> None:
     inputs.logits[0] = 0.5
     inputs.logits[1] = torch.tensor([0.0, 1.0] * 35)
     inputs.logits[2, 10:60] = 9
-    assert _error(_run(shape, inputs, "bfloat16"), _reference(shape, inputs)) < BFLOAT16
+    assert error(run(shape, inputs, "bfloat16"), reference(shape, inputs)) < BFLOAT16
 
 
 def test_the_larger_logit_is_chosen_where_probabilities_round_to_the_same() -> None:
@@ -367,7 +191,7 @@ def test_the_larger_logit_is_chosen_where_probabilities_round_to_the_same() -> N
     inputs.logits[0, 7] = 0.5
     probabilities = torch.softmax(inputs.logits[0].float(), -1)
     assert probabilities[20] == probabilities[39] and inputs.logits[0, 20] < inputs.logits[0, 39]
-    assert _error(_run(shape, inputs, "bfloat16"), _reference(shape, inputs)) < BFLOAT16
+    assert error(run(shape, inputs, "bfloat16"), reference(shape, inputs)) < BFLOAT16
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -375,7 +199,7 @@ def test_every_number_of_experts_a_token(top_k: int) -> None:
     """All of them included."""
     shape = Shape(tokens=6, experts=8, top_k=top_k, shared=1, normalize=top_k % 2 == 0)
     inputs = Inputs.random(shape, torch.float16, seed=12)
-    assert _error(_run(shape, inputs, "float16"), _reference(shape, inputs)) < FLOAT16
+    assert error(run(shape, inputs, "float16"), reference(shape, inputs)) < FLOAT16
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -384,9 +208,9 @@ def test_nan_and_infinity_stay_in_their_token(where: str, value: float) -> None:
     """They come out of their own token, hang nothing, and no other token notices."""
     shape = Shape(tokens=6, experts=9, top_k=3, shared=1, normalize=True)
     inputs = Inputs.random(shape, torch.float16, seed=5)
-    clean = _run(shape, inputs, "float16")
+    clean = run(shape, inputs, "float16")
     getattr(inputs, where)[2, 0] = value
-    found = _run(shape, inputs, "float16", checked=True)
+    found = run(shape, inputs, "float16", checked=True)
     rows = torch.arange(shape.tokens) != 2
     assert torch.equal(found[rows], clean[rows])
     if value != value or where == "hidden":
@@ -397,7 +221,7 @@ def test_a_row_of_nan_logits_is_nan() -> None:
     shape = Shape(tokens=4, experts=33, top_k=8)
     inputs = Inputs.random(shape, torch.bfloat16, seed=6)
     inputs.logits[1] = float("nan")
-    found = _run(shape, inputs, "bfloat16", checked=True)
+    found = run(shape, inputs, "bfloat16", checked=True)
     assert torch.isnan(found[1]).all() and torch.isfinite(found[[0, 2, 3]]).all()
 
 
@@ -407,7 +231,7 @@ def test_an_expert_whose_logit_is_nan_is_chosen(path: str) -> None:
     whole = Shape(tokens=3, experts=40, top_k=2, path=PATHS[path])
     inputs = Inputs.random(whole, torch.float16, seed=14)
     inputs.logits[:, 35] = torch.tensor([-9.0, float("nan"), -9.0])
-    found = _run(replace(whole, first_local=35, local=1), inputs, "float16")
+    found = run(replace(whole, first_local=35, local=1), inputs, "float16")
     assert torch.isnan(found[1]).all() and not found[[0, 2]].any()
 
 
@@ -418,7 +242,7 @@ def test_nan_and_infinity_are_not_lost_with_packed_weights(weights: str, value: 
     shape = Shape(tokens=3, width=64, experts=3, weight_type=kind, group_size=group_size)
     inputs = Inputs.random(shape, torch.bfloat16, seed=7)
     inputs.hidden[1, 5] = value
-    found = _run(shape, inputs, "bfloat16")
+    found = run(shape, inputs, "bfloat16")
     assert not torch.isfinite(found[1]).any() and torch.isfinite(found[[0, 2]]).all()
 
 
@@ -429,7 +253,7 @@ def test_what_is_larger_than_fp8_is_cut_off(sign: int) -> None:
     inputs = Inputs.random(shape, torch.bfloat16, seed=13)
     inputs.hidden[1, 5] = 40 * sign
     inputs.hidden[2] *= 6 * sign
-    assert _error(_run(shape, inputs, "bfloat16"), _reference(shape, inputs)) < FLOAT8
+    assert error(run(shape, inputs, "bfloat16"), reference(shape, inputs)) < FLOAT8
 
 
 @pytest.mark.parametrize(
@@ -467,10 +291,10 @@ def test_fp8_is_refused_below_sm_89_with_the_alternatives(
     shape = Shape(tokens=2, width=64, weight_type=WeightType.FLOAT8)
     inputs = Inputs.random(shape, torch.float16)
     if not refused:
-        assert torch.isfinite(_run(shape, inputs, "float16")).all()
+        assert torch.isfinite(run(shape, inputs, "float16")).all()
         return
     with pytest.raises(simt.KernelError, match=rf"SM 89 or newer, this one has SM {sm}: use INT8 or INT4 weights"):
-        _run(shape, inputs, "float16")
+        run(shape, inputs, "float16")
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -507,5 +331,5 @@ def test_block_of_transformers_is_computed(normalize: bool) -> None:
     up = torch.cat([routed[:, shape.width :], shared.up_proj.weight.half().view(shape.shared, shape.width, -1)])
     columns = shared.down_proj.weight.half().view(shape.hidden, shape.shared, shape.width).transpose(0, 1)
     down = torch.cat([block.experts.down_proj.half(), columns])
-    found = _run(shape, Inputs(hidden[0], router, gate, up, down, gates), "float16")
-    assert _error(found, expected.detach()) < FLOAT16
+    found = run(shape, Inputs(hidden[0], router, gate, up, down, gates), "float16")
+    assert error(found, expected.detach()) < FLOAT16
